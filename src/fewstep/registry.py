@@ -1,0 +1,194 @@
+"""Named entries with metadata: what the command line, the docs and the error messages know of samplers and schedulers.
+
+Options stand once, in the signature of the function, as `name: Annotated[type, Option(...)] = default`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from fewstep.errors import InvalidInputError, unknown_name
+
+
+@dataclass(frozen=True)
+class Option:
+    """What an option means and which values it takes; name, default and kind are read from the signature.
+
+    Attributes:
+        description: One line, with the unit.
+        low: Smallest legal value.
+        high: Largest legal value.
+    """
+
+    description: str
+    low: float = -math.inf
+    high: float = math.inf
+    name: str = ""
+    default: Any = None
+    kind: type = float
+    choices: tuple[Any, ...] = ()
+
+    @property
+    def allowed(self) -> str:
+        """The legal values in words."""
+        if self.choices:
+            return "one of " + ", ".join(map(str, self.choices))
+        if self.kind is bool:
+            return "true or false"
+        noun = "a whole number" if self.kind is int else "a number"
+        if math.isinf(self.low) and math.isinf(self.high):
+            return noun
+        if math.isinf(self.high):
+            return f"{noun} >= {self.low:g}"
+        return f"{noun} in {self.low:g}..{self.high:g}"
+
+    def checked(self, value: Any, owner: str) -> Any:
+        """Return the value in the option's type, from text too.
+
+        Raises:
+            InvalidInputError: If it is not legal.
+        """
+        try:
+            result = self._converted(value)
+        except (TypeError, ValueError):
+            result = None
+        legal = result is not None and (result in self.choices if self.choices else True)
+        if legal and self.kind in (int, float) and not self.choices:
+            legal = self.low <= result <= self.high
+        if not legal:
+            raise InvalidInputError(
+                f"{owner}: {self.name}={value!r} is not {self.allowed} (default {self.default})"
+            )
+        return result
+
+    def _converted(self, value: Any) -> Any:
+        if self.kind is bool:
+            names = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
+            return (
+                value
+                if isinstance(value, bool)
+                else names[str(value).lower()]
+                if str(value).lower() in names
+                else None
+            )
+        if self.kind is int and not isinstance(value, str) and int(value) != value:
+            return None
+        return self.kind(value)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered function and its metadata.
+
+    Attributes:
+        name: The name in code and on the command line.
+        title: The name as papers and menus write it.
+        paper: Where it comes from.
+        aliases: Other names that find it.
+        function: What it does.
+        summary: First line of its docstring.
+        options: Its options.
+    """
+
+    name: str
+    title: str
+    paper: str
+    function: Callable[..., Any]
+    aliases: tuple[str, ...] = ()
+    summary: str = ""
+    options: tuple[Option, ...] = ()
+
+    def resolve(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """All options with the given values checked and the defaults filled in.
+
+        Raises:
+            UnknownNameError: If an option does not exist.
+            InvalidInputError: If a value is not legal.
+        """
+        known = {option.name: option for option in self.options}
+        for name in given:
+            if name not in known:
+                raise unknown_name(f"option of {self.name}", name, known)
+        return {
+            name: option.checked(given[name], self.name) if name in given else option.default
+            for name, option in known.items()
+        }
+
+
+EntryT = TypeVar("EntryT", bound=Entry)
+
+
+class Registry(Generic[EntryT]):
+    """Entries by name and alias; names are compared without case, blanks, dashes and underscores."""
+
+    def __init__(self, kind: str, entry_type: type[EntryT]) -> None:
+        self.kind = kind
+        self._type = entry_type
+        self._entries: dict[str, EntryT] = {}
+        self._by_key: dict[str, EntryT] = {}
+
+    def add(self, name: str, function: Callable[..., Any], **metadata: Any) -> EntryT:
+        """Register a function; its summary and options are read from docstring and signature."""
+        entry = self._type(
+            name=name,
+            function=function,
+            summary=(inspect.getdoc(function) or "").split("\n", 1)[0],
+            options=tuple(_options(function)),
+            **metadata,
+        )
+        for key in map(_key, (name, entry.title, *entry.aliases)):
+            if self._by_key.setdefault(key, entry) is not entry:
+                raise InvalidInputError(
+                    f"{self.kind} name {key!r} of {name} is taken by {self._by_key[key].name}"
+                )
+        self._entries[name] = entry
+        return entry
+
+    def find(self, name: str) -> EntryT:
+        """The entry of that name or alias.
+
+        Raises:
+            UnknownNameError: With the nearest names.
+        """
+        entry = self._by_key.get(_key(str(name)))
+        if entry is None:
+            raise unknown_name(
+                self.kind, name, self._entries, f"List them with: fewstep {self.kind}s"
+            )
+        return entry
+
+    def __iter__(self) -> Iterator[EntryT]:
+        return iter(self._entries.values())
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def names(self) -> list[str]:
+        """All names, in the order of registration."""
+        return list(self._entries)
+
+
+def _key(name: str) -> str:
+    return "".join(c for c in name.lower() if c.isalnum() or c == "+").replace("++", "pp")
+
+
+def _options(function: Callable[..., Any]) -> Iterator[Option]:
+    hints = get_type_hints(function, include_extras=True)
+    for parameter in inspect.signature(function).parameters.values():
+        for extra in getattr(hints.get(parameter.name), "__metadata__", ()):
+            if isinstance(extra, Option):
+                base = get_args(hints[parameter.name])[0]
+                choices = get_args(base) if get_origin(base) is Literal else ()
+                kind = type(choices[0]) if choices else base
+                yield dataclasses.replace(
+                    extra,
+                    name=parameter.name,
+                    default=parameter.default,
+                    kind=kind,
+                    choices=choices,
+                )
