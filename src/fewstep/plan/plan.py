@@ -1,0 +1,291 @@
+"""The Plan: a sampler's coefficient table on one grid."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from fewstep.errors import InvalidInputError
+from fewstep.plan.executor import DenoiserLike, NoiseSource, Progress, execute
+from fewstep.plan.instructions import Combine, Denoise, Draw, Instruction, reads
+from fewstep.plan.lowering import LinearForm, Operation, lower
+from fewstep.plan.rules import broken_rules
+from fewstep.plan.tape import Tape, Vector
+from fewstep.process import Level, Process, from_dict
+
+FORMAT, VERSION = "fewstep-plan", 1
+
+
+class GridLike(Protocol):
+    """What a Plan needs to know of a grid."""
+
+    @property
+    def process(self) -> Process: ...
+    @property
+    def levels(self) -> tuple[Level, ...]: ...
+    @property
+    def scheduler(self) -> str: ...
+    @property
+    def options(self) -> Mapping[str, Any]: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sampler traced on one grid: instructions over registers, with float64 coefficients. It holds no state.
+
+    A Plan checks itself when it is made: registers are written once and before they are read, and the result is on
+    the right marginal for a data set of one point (the signal and noise rules), unless the sampler declares otherwise.
+
+    Attributes:
+        instructions: The program.
+        result: The register that holds the result.
+        levels: The grid's levels, noisy to clean.
+        process: The forward process that the levels belong to.
+        sampler: Name of the sampler.
+        options: The sampler's options.
+        scheduler: Name of the scheduler.
+        scheduler_options: The scheduler's options.
+        inexact: The rules that the sampler declares that it breaks.
+
+    Raises:
+        InvalidInputError: If the program is malformed or breaks a rule that is not declared.
+    """
+
+    instructions: tuple[Instruction, ...]
+    result: int
+    levels: tuple[Level, ...]
+    process: Process
+    sampler: str = "custom"
+    options: Mapping[str, Any] = field(default_factory=dict)
+    scheduler: str = "custom"
+    scheduler_options: Mapping[str, Any] = field(default_factory=dict)
+    inexact: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        written = {0}
+        for k, instruction in enumerate(self.instructions):
+            if missing := [r for r in reads(instruction) if r not in written]:
+                raise InvalidInputError(
+                    f"plan {self.name}: instruction {k} reads register {missing[0]} before it is written"
+                )
+            if instruction.out in written:
+                raise InvalidInputError(
+                    f"plan {self.name}: instruction {k} writes register {instruction.out} again"
+                )
+            written.add(instruction.out)
+        if self.result not in written:
+            raise InvalidInputError(
+                f"plan {self.name}: the result register {self.result} is never written"
+            )
+        for rule, why in broken_rules(
+            self.instructions, self.result, self.levels[0], self.levels[-1]
+        ):
+            if rule not in self.inexact:
+                raise InvalidInputError(
+                    f"plan {self.name} breaks the {rule} rule: {why}; correct the sampler's coefficients, or let it "
+                    f"call tape.declare_inexact({rule!r}) if that is meant"
+                )
+
+    @property
+    def name(self) -> str:
+        """Sampler, scheduler and number of steps."""
+        return f"{self.sampler}/{self.scheduler}-{len(self.levels) - 1}"
+
+    @cached_property
+    def calls(self) -> int:
+        """Network calls for one sample; a guided denoiser's second half is not counted."""
+        return sum(isinstance(i, Denoise) for i in self.instructions)
+
+    @cached_property
+    def draws(self) -> int:
+        """Noise draws after the start; 0 means deterministic."""
+        return sum(isinstance(i, Draw) for i in self.instructions)
+
+    def lowered(self, form: LinearForm | None) -> tuple[Operation, ...]:
+        """The program for networks of one kind; see `fewstep.plan.lowering`. Worked out once for each kind."""
+        if form not in self._lowered:
+            self._lowered[form] = lower(self.instructions, self.result, form)
+        return self._lowered[form]
+
+    @cached_property
+    def _lowered(self) -> dict[LinearForm | None, tuple[Operation, ...]]:
+        return {}
+
+    def run(
+        self,
+        denoiser: DenoiserLike,
+        x: Tensor,
+        noise: NoiseSource | None = None,
+        on_step: Callable[[Progress], None] | None = None,
+    ) -> Tensor:
+        """Carry x from the first level of the grid to the last.
+
+        Args:
+            denoiser: A `fewstep.Denoiser`, or any callable `(x, level) -> x_0 estimate`.
+            x: The point at the first level, shape (B, ...): `sigma * noise`, plus `alpha * x_0` when starting from data.
+                State is kept in float32, or in float64 if x is float64, whatever the network's type.
+            noise: A `fewstep.Noise`, or any callable `(from_level, to_level) -> standard normal tensor` of x's shape.
+                Needed when `draws > 0`.
+            on_step: Called after each network call with a `Progress`.
+
+        Returns:
+            The point at the last level, in the shape of x.
+
+        Raises:
+            InvalidInputError: If noise is needed and missing, or x is not a floating-point tensor.
+            NonFiniteError: If a NaN or infinity appears; names the component, the call and the level.
+        """
+        return execute(self, denoiser, x, noise, on_step)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The Plan as plain data."""
+        index: dict[Level, int] = {}
+        for level in self.levels:
+            index.setdefault(level, len(index))
+        rows = [_row(i, index) for i in self.instructions]
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "sampler": self.sampler,
+            "options": dict(self.options),
+            "scheduler": self.scheduler,
+            "scheduler_options": dict(self.scheduler_options),
+            "process": self.process.to_dict(),
+            "inexact": list(self.inexact),
+            "calls": self.calls,
+            "grid": [index[level] for level in self.levels],
+            "levels": [
+                [_number(v) for v in (level.t, level.alpha, level.sigma)] for level in index
+            ],
+            "instructions": rows,
+            "result": self.result,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Make a Plan from `to_dict()`.
+
+        Raises:
+            InvalidInputError: If the data is not a Plan, or a malformed one.
+        """
+        if data.get("format") != FORMAT or data.get("version") != VERSION:
+            raise InvalidInputError(
+                f"not a plan of version {VERSION}: format={data.get('format')!r}, version={data.get('version')!r}"
+            )
+        try:
+            levels = [Level(*map(float, row)) for row in data["levels"]]
+            return cls(
+                instructions=tuple(_instruction(row, levels) for row in data["instructions"]),
+                result=int(data["result"]),
+                levels=tuple(levels[i] for i in data["grid"]),
+                process=from_dict(data["process"]),
+                sampler=data["sampler"],
+                options=data["options"],
+                scheduler=data["scheduler"],
+                scheduler_options=data["scheduler_options"],
+                inexact=tuple(data["inexact"]),
+            )
+        except (KeyError, IndexError, TypeError, ValueError) as error:
+            if isinstance(error, InvalidInputError):
+                raise
+            raise InvalidInputError(f"malformed plan: {type(error).__name__}: {error}") from error
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """The Plan as JSON text, written to a file if a path is given; `from_json` gives it back bit for bit."""
+        text = json.dumps(self.to_dict(), allow_nan=False)
+        if path is not None:
+            Path(path).write_text(text + "\n", encoding="utf-8")
+        return text
+
+    @classmethod
+    def from_json(cls, source: str | os.PathLike[str]) -> Plan:
+        """Make a Plan from JSON text or from a file.
+
+        Raises:
+            InvalidInputError: If the text is not a Plan.
+        """
+        text = (
+            source
+            if isinstance(source, str) and source.lstrip().startswith("{")
+            else _read(source)
+        )
+        try:
+            return cls.from_dict(json.loads(text))
+        except json.JSONDecodeError as error:
+            raise InvalidInputError(f"not JSON: {error}") from error
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.calls} network calls, {self.draws} noise draws"
+
+
+Sampler = Callable[..., Vector]
+
+
+def trace(sampler: Sampler, grid: GridLike, name: str = "custom", **options: Any) -> Plan:
+    """Run a sampler function `(tape, grid, **options) -> Vector` once on symbolic vectors.
+
+    >>> from fewstep.process import edm
+    >>> from fewstep.schedulers import karras
+    >>> def jump(tape, grid):
+    ...     t, s = grid.levels[0], grid.levels[-1]
+    ...     return tape.denoise(tape.start, t)
+    >>> print(trace(jump, karras(edm(), 1), "jump"))
+    jump/karras-1: 1 network calls, 0 noise draws
+    """
+    tape = Tape()
+    result = tape.finish(sampler(tape, grid, **options))
+    return Plan(
+        instructions=tuple(tape.program),
+        result=result,
+        levels=tuple(grid.levels),
+        process=grid.process,
+        sampler=name,
+        options=options,
+        scheduler=grid.scheduler,
+        scheduler_options=grid.options,
+        inexact=tuple(sorted(tape.inexact)),
+    )
+
+
+def _read(path: str | os.PathLike[str]) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidInputError(f"cannot read a plan from {os.fspath(path)!r}: {error}") from error
+
+
+def _number(value: float) -> float | str:
+    """JSON has no infinity."""
+    return value if abs(value) != float("inf") else str(value)
+
+
+def _row(instruction: Instruction, index: dict[Level, int]) -> list[Any]:
+    def place(level: Level) -> int:
+        return index.setdefault(level, len(index))
+
+    match instruction:
+        case Combine(out, terms):
+            return ["combine", out, [[register, c] for register, c in terms]]
+        case Denoise(out, point, level):
+            return ["denoise", out, point, place(level)]
+        case Draw(out, start, end):
+            return ["draw", out, place(start), place(end)]
+
+
+def _instruction(row: list[Any], levels: list[Level]) -> Instruction:
+    match row:
+        case ["combine", int(out), list(terms)]:
+            return Combine(out, tuple((int(register), float(c)) for register, c in terms))
+        case ["denoise", int(out), int(point), int(level)]:
+            return Denoise(out, point, levels[level])
+        case ["draw", int(out), int(start), int(end)]:
+            return Draw(out, levels[start], levels[end])
+        case _:
+            raise InvalidInputError(f"malformed plan: {row!r} is not an instruction")

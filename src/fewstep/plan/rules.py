@@ -1,0 +1,93 @@
+"""What a Plan must satisfy on a data set of one point, where every estimate of x_0 is exact.
+
+There each point must land on the marginal of its own level, `alpha x_0 + sigma noise`:
+
+- signal rule: coefficient on the start times its alpha, plus those on the network outputs, equals alpha;
+- noise rule: `(R sigma_0)^2 + sum E_m^2 = sigma^2`, R the coefficient on the start, E_m those on the draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fewstep.plan.instructions import Combine, Denoise, Draw, Instruction, reads
+from fewstep.process import Level
+
+TOLERANCE = 1e-8
+
+
+@dataclass(frozen=True)
+class Row:
+    """A point written out in the start, the network outputs and the noise draws.
+
+    Attributes:
+        name: Which point it is.
+        level: The level it belongs to.
+        start: Coefficient on the start.
+        outputs: Coefficients on the network outputs, in the order of the calls.
+        draws: Coefficients on the noise draws, in order.
+    """
+
+    name: str
+    level: Level
+    start: float
+    outputs: np.ndarray
+    draws: np.ndarray
+
+
+def expand(program: Sequence[Instruction], result: int, last: Level) -> Iterator[Row]:
+    """Write every evaluated point, and the result, out in the start, the outputs and the draws."""
+    calls = sum(isinstance(i, Denoise) for i in program)
+    draws = sum(isinstance(i, Draw) for i in program)
+    size = 1 + calls + draws
+    last_use = {register: k for k, i in enumerate(program) for register in reads(i)}
+    rows = {0: np.eye(1, size)[0]}
+    next_call, next_draw = 1, 1 + calls
+
+    def row(name: str, register: int, level: Level) -> Row:
+        r = rows[register]
+        return Row(name, level, float(r[0]), r[1 : 1 + calls], r[1 + calls :])
+
+    for k, instruction in enumerate(program):
+        match instruction:
+            case Combine(out, terms):
+                rows[out] = np.sum([c * rows[register] for register, c in terms], axis=0)
+            case Denoise(out, point, level):
+                yield row(f"the point of network call {next_call}", point, level)
+                rows[out] = np.eye(1, size, next_call)[0]
+                next_call += 1
+            case Draw(out):
+                rows[out] = np.eye(1, size, next_draw)[0]
+                next_draw += 1
+        for register in reads(instruction):
+            if last_use[register] == k and register != result:
+                rows.pop(register, None)
+    yield row("the result", result, last)
+
+
+def broken_rules(
+    program: Sequence[Instruction], result: int, first: Level, last: Level
+) -> Iterator[tuple[str, str]]:
+    """Yield (rule, description) for each rule that the program breaks."""
+    broken: set[str] = set()
+    for row in expand(program, result, last):
+        signal = row.start * first.alpha + row.outputs.sum()
+        size = abs(row.start) * first.alpha + np.abs(row.outputs).sum() + row.level.alpha
+        if "signal" not in broken and abs(signal - row.level.alpha) > TOLERANCE * size:
+            broken.add("signal")
+            yield (
+                "signal",
+                f"{row.name} carries {signal:.9g} of the data where its level has alpha={row.level.alpha:.9g}",
+            )
+        noise = np.hypot(row.start * first.sigma, np.linalg.norm(row.draws))
+        if "noise" not in broken and abs(noise - row.level.sigma) > TOLERANCE * (
+            noise + row.level.sigma
+        ):
+            broken.add("noise")
+            yield (
+                "noise",
+                f"{row.name} carries noise of size {noise:.9g} where its level has sigma={row.level.sigma:.9g}",
+            )

@@ -1,0 +1,114 @@
+"""Tracing: a sampler runs once on symbolic vectors, and the tape keeps what it did."""
+
+from __future__ import annotations
+
+import math
+
+from fewstep.errors import InvalidInputError
+from fewstep.plan.instructions import Combine, Denoise, Draw, Instruction
+from fewstep.process import Level
+
+
+class Vector:
+    """A linear combination of registers; arithmetic only collects float64 coefficients.
+
+    >>> x, y = Vector({0: 1.0}), Vector({1: 1.0})
+    >>> 2 * x - y / 4
+    Vector({0: 2.0, 1: -0.25})
+    """
+
+    __slots__ = ("terms",)
+
+    def __init__(self, terms: dict[int, float]) -> None:
+        self.terms = terms
+
+    def __add__(self, other: Vector) -> Vector:
+        terms = dict(self.terms)
+        for register, coefficient in other.terms.items():
+            terms[register] = terms.get(register, 0.0) + coefficient
+        return Vector(terms)
+
+    def __mul__(self, factor: float) -> Vector:
+        return Vector(
+            {register: factor * coefficient for register, coefficient in self.terms.items()}
+        )
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Vector:
+        return self * (1.0 / divisor)
+
+    def __neg__(self) -> Vector:
+        return self * -1.0
+
+    def __sub__(self, other: Vector) -> Vector:
+        return self + -other
+
+    def __repr__(self) -> str:
+        return f"Vector({self.terms})"
+
+
+class Tape:
+    """Hands out symbolic vectors and records the program.
+
+    Attributes:
+        start: The point at the first level of the grid.
+        program: The instructions so far.
+        inexact: Which rules the sampler declares that it breaks; see `declare_inexact`.
+    """
+
+    def __init__(self) -> None:
+        self.start = Vector({0: 1.0})
+        self.program: list[Instruction] = []
+        self.inexact: set[str] = set()
+        self._registers = 1
+
+    def denoise(self, x: Vector, level: Level) -> Vector:
+        """Estimate x_0 from the point x at a level: one network call."""
+        if level.is_clean:
+            raise InvalidInputError(
+                "a clean level (sigma = 0) cannot be denoised; use the last estimate instead"
+            )
+        point = self._settle(x)
+        return self._record(Denoise(self._new(), point, level))
+
+    def noise(self, start: Level, end: Level) -> Vector:
+        """A standard normal tensor that belongs to the path between two levels."""
+        return self._record(Draw(self._new(), start, end))
+
+    def settle(self, x: Vector) -> Vector:
+        """Give x a register of its own; for a point that is used again but never evaluated, so programs stay short."""
+        self._settle(x)
+        return x
+
+    def declare_inexact(self, rule: str) -> None:
+        """Say that this sampler breaks the "signal" or "noise" rule of a Plan on purpose, or keeps it only to its order."""
+        self.inexact.add(rule)
+
+    def finish(self, x: Vector) -> int:
+        """Settle the result and return its register."""
+        return self._settle(x)
+
+    def _new(self) -> int:
+        self._registers += 1
+        return self._registers - 1
+
+    def _record(self, instruction: Instruction) -> Vector:
+        self.program.append(instruction)
+        return Vector({instruction.out: 1.0})
+
+    def _settle(self, x: Vector) -> int:
+        """Give the point a register of its own; from then on x stands for that register, so programs stay short."""
+        terms = {register: c for register, c in x.terms.items() if c != 0.0}
+        for c in terms.values():
+            if not math.isfinite(c):
+                raise InvalidInputError(
+                    f"instruction {len(self.program)} would have the coefficient {c}; "
+                    "the sampler divides by a level's alpha or sigma where it is 0, or by a step that is infinite"
+                )
+        if list(terms.values()) != [1.0]:
+            out = self._new()
+            self.program.append(Combine(out, tuple(terms.items())))
+            terms = {out: 1.0}
+        x.terms = terms
+        return next(iter(terms))

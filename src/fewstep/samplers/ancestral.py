@@ -1,0 +1,88 @@
+"""Samplers that put the estimate of x_0 back on the next level, with part of the noise fresh: DDPM, DDIM, Euler a."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fewstep.plan import Tape, Vector
+from fewstep.process import forward_kernel, posterior
+from fewstep.registry import Option
+from fewstep.samplers.registry import sampler
+from fewstep.samplers.steps import ancestral_split, noise_estimate, renoised
+from fewstep.schedulers import Grid
+
+Eta = Annotated[
+    float,
+    Option(
+        "share of fresh noise: 0 is deterministic, 1 the posterior of the forward process", 0, 10
+    ),
+]
+
+
+@sampler(
+    "ddpm",
+    title="DDPM",
+    family="SDE",
+    stochastic=True,
+    paper="Ho, Jain, Abbeel 2020, arXiv:2006.11239",
+    aliases=("DDPMScheduler",),
+)
+def ddpm(
+    tape: Tape,
+    grid: Grid,
+    variance: Annotated[
+        Literal["posterior", "large"],
+        Option("of the fresh noise: the posterior's, or the larger one of q(x_t|x_s)"),
+    ] = "posterior",
+) -> Vector:
+    """Ancestral sampling: draw from the posterior `q(x_s | x_t, x_0)` with the estimate in place of x_0."""
+    if variance == "large":
+        tape.declare_inexact("noise")
+    x = tape.start
+    for t, s in grid.steps:
+        denoised = tape.denoise(x, t)
+        q = posterior(t, s)
+        x = q.on_x * x + q.on_x0 * denoised
+        if not s.is_clean:
+            std = q.std if variance == "posterior" else forward_kernel(s, t).std
+            x = x + std * tape.noise(t, s)
+    return x
+
+
+@sampler(
+    "ddim",
+    title="DDIM",
+    paper="Song, Meng, Ermon 2021, arXiv:2010.02502",
+    aliases=("DDIMScheduler",),
+)
+def ddim(tape: Tape, grid: Grid, eta: Eta = 0.0) -> Vector:
+    """Deterministic for eta = 0, and then the same as Euler in sigma/alpha; DDPM for eta = 1."""
+    return euler_ancestral(tape, grid, eta=eta)
+
+
+@sampler(
+    "euler_ancestral",
+    title="Euler a",
+    family="SDE",
+    stochastic=True,
+    paper="Karras et al. 2022, arXiv:2206.00364; k-diffusion",
+    aliases=("euler_a", "EulerAncestralDiscreteScheduler", "sample_euler_ancestral"),
+)
+def euler_ancestral(
+    tape: Tape,
+    grid: Grid,
+    eta: Eta = 1.0,
+    s_noise: Annotated[
+        float, Option("factor on the fresh noise; anything but 1 changes the noise level", 0, 10)
+    ] = 1.0,
+) -> Vector:
+    """An Euler step to the kept part of the noise, then fresh noise up to the level."""
+    if s_noise != 1.0 and eta > 0:
+        tape.declare_inexact("noise")
+    x = tape.start
+    for t, s in grid.steps:
+        denoised = tape.denoise(x, t)
+        split = ancestral_split(t, s, eta)
+        fresh = s_noise * tape.noise(t, s) if split.up > 0 else None
+        x = renoised(denoised, noise_estimate(x, denoised, t), fresh, split, s)
+    return x
