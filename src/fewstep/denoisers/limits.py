@@ -1,0 +1,62 @@
+"""Keeping the estimate of x_0 inside the range of images."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fewstep.denoisers.denoiser import Denoiser, Wrapper
+from fewstep.errors import InvalidInputError
+from fewstep.process import Level
+
+
+class Clipped(Wrapper):
+    """Clip the estimate of x_0 to a range: `min(max(D, low), high)`.
+
+    Args:
+        denoiser: The denoiser.
+        low: Smallest value.
+        high: Largest value, > low.
+
+    Source: Ho, Jain, Abbeel 2020, arXiv 2006.11239 (their sampling code).
+    """
+
+    def __init__(self, denoiser: Denoiser, low: float = -1.0, high: float = 1.0) -> None:
+        super().__init__(denoiser)
+        if not low < high:
+            raise InvalidInputError(
+                f"clipping range {low}..{high} is empty; low must be below high"
+            )
+        self.low, self.high = low, high
+
+    def __call__(self, x: Tensor, level: Level) -> Tensor:
+        """The clipped estimate."""
+        return self.inner(x, level).clamp(self.low, self.high)
+
+
+class DynamicThreshold(Wrapper):
+    """Clip each image at its own quantile of `|D|` and scale it back to [-1, 1], where that quantile exceeds 1.
+
+    Args:
+        denoiser: The denoiser.
+        quantile: Share of pixels that stay unclipped, in (0, 1].
+        ceiling: Largest threshold, >= 1.
+
+    Source: Saharia et al. 2022, arXiv 2205.11487, section 2.3.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, quantile: float = 0.995, ceiling: float = float("inf")
+    ) -> None:
+        super().__init__(denoiser)
+        if not 0 < quantile <= 1:
+            raise InvalidInputError(f"quantile={quantile} must be in (0, 1]; 0.995 is usual")
+        if not ceiling >= 1:
+            raise InvalidInputError(f"ceiling={ceiling} must be at least 1")
+        self.quantile, self.ceiling = quantile, ceiling
+
+    def __call__(self, x: Tensor, level: Level) -> Tensor:
+        """The thresholded estimate, inside [-1, 1] for ceiling = inf."""
+        denoised = self.inner(x, level)
+        limit = denoised.flatten(1).abs().quantile(self.quantile, dim=1).clamp(1.0, self.ceiling)
+        limit = limit.view(-1, *(1,) * (x.ndim - 1))
+        return denoised.clamp(-limit, limit) / limit
