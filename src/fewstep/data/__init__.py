@@ -1,0 +1,30 @@
+"""Images in and out: folders, archives and known sets to bytes; samples to picture files."""
+
+from __future__ import annotations
+
+from fewstep.data.checking import Finding, check_images
+from fewstep.data.files import cache_dir
+from fewstep.data.image_set import ImageSet
+from fewstep.data.pictures import (
+    image_grid,
+    labelled_sheet,
+    read_metadata,
+    save_folder,
+    save_image,
+    to_uint8,
+)
+from fewstep.data.reading import load_images
+
+__all__ = [
+    "Finding",
+    "ImageSet",
+    "cache_dir",
+    "check_images",
+    "image_grid",
+    "labelled_sheet",
+    "load_images",
+    "read_metadata",
+    "save_folder",
+    "save_image",
+    "to_uint8",
+]
