@@ -1,0 +1,22 @@
+"""How good generated images are: distances between sets of features, and how digits are read."""
+
+from __future__ import annotations
+
+from fewstep.metrics.digits import (
+    digit_distance,
+    digit_features,
+    digit_statistics,
+    label_accuracy,
+    load_classifier,
+)
+from fewstep.metrics.frechet import FeatureStatistics, frechet_distance
+
+__all__ = [
+    "FeatureStatistics",
+    "digit_distance",
+    "digit_features",
+    "digit_statistics",
+    "frechet_distance",
+    "label_accuracy",
+    "load_classifier",
+]
