@@ -1,0 +1,96 @@
+"""Fewstep: train diffusion models, and sample them in as few network calls as the mathematics allows.
+
+>>> import fewstep as fs
+>>> grid = fs.schedulers.karras(fs.process.vp_linear(), steps=10)
+>>> print(fs.plan("dpmpp_2m", grid))
+dpmpp_2m/karras-10: 10 network calls, 0 noise draws
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from fewstep import denoisers, errors, process, samplers, schedulers
+from fewstep.denoisers import (
+    AutoGuided,
+    ClassifierFree,
+    Clipped,
+    Denoiser,
+    DynamicThreshold,
+    Projection,
+    exact,
+)
+from fewstep.errors import FewstepError
+from fewstep.noise import Noise
+from fewstep.plan import Plan, Progress, Tape, Vector
+from fewstep.process import Level, Process
+from fewstep.samplers import plan
+from fewstep.schedulers import Grid
+
+if TYPE_CHECKING:
+    from fewstep import data, metrics, networks, testing, training
+    from fewstep.models import Model, load
+    from fewstep.sampling import Samples, sample
+
+__version__ = version("fewstep")
+
+_LATER = {
+    "Model": "models",
+    "load": "models",
+    "Samples": "sampling",
+    "sample": "sampling",
+    "data": "",
+    "metrics": "",
+    "networks": "",
+    "testing": "",
+    "training": "",
+}
+"""Names that are imported when they are first used, so that `import fewstep` stays light."""
+
+__all__ = [
+    "AutoGuided",
+    "ClassifierFree",
+    "Clipped",
+    "Denoiser",
+    "DynamicThreshold",
+    "FewstepError",
+    "Grid",
+    "Level",
+    "Model",
+    "Noise",
+    "Plan",
+    "Process",
+    "Progress",
+    "Projection",
+    "Samples",
+    "Tape",
+    "Vector",
+    "data",
+    "denoisers",
+    "errors",
+    "exact",
+    "load",
+    "metrics",
+    "networks",
+    "plan",
+    "process",
+    "sample",
+    "samplers",
+    "schedulers",
+    "testing",
+    "training",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
+    if not _LATER[name]:
+        return import_module(f"fewstep.{name}")
+    return getattr(import_module(f"fewstep.{_LATER[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,18 @@
+"""The command line. Commands are plain typed functions, one to a module, imported when they run."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run `fewstep`; errors that Fewstep raises on purpose are one line, with exit status 2 for bad input, else 1."""
+    from fewstep.errors import FewstepError, InvalidInputError
+
+    try:
+        from fewstep.cli.app import app
+
+        app()
+    except FewstepError as error:
+        print(f"fewstep: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InvalidInputError) else 1)

@@ -1,0 +1,41 @@
+"""The commands and their names."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fewstep import __version__
+from fewstep.cli.demo import demo
+from fewstep.cli.doctor import doctor
+from fewstep.cli.listing import samplers, schedulers
+from fewstep.cli.sample import sample
+from fewstep.cli.train import train
+
+app = typer.Typer(
+    name="fewstep",
+    help="Train diffusion models, and sample them in as few network calls as the mathematics allows.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fewstep {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options before the command."""
+
+
+for command in (sample, train, demo, samplers, schedulers, doctor):
+    app.command()(command)

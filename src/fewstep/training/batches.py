@@ -1,0 +1,73 @@
+"""What the network is shown in each step."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fewstep.data import ImageSet
+from fewstep.process import Process
+from fewstep.training.config import TrainingConfig
+from fewstep.training.objective import drop_labels, uniform_times
+from fewstep.training.randomness import BatchOrder, generator
+
+
+class Batch(NamedTuple):
+    """Images ``x0`` (B, C, H, W) in [-1, 1], standard normal ``noise``, times ``t`` (B,), and ``labels`` (B,) if any."""
+
+    x0: Tensor
+    noise: Tensor
+    t: Tensor
+    labels: Tensor | None
+
+    def split(self, parts: int) -> list[Batch]:
+        """Cut into at most so many parts of nearly equal size, in order."""
+        count = min(parts, len(self.x0))
+        columns = [
+            [None] * count if column is None else column.tensor_split(count) for column in self
+        ]
+        return [Batch(*row) for row in zip(*columns, strict=True)]
+
+
+class Batches:
+    """The batch of every step, as a function of the step alone.
+
+    Args:
+        images: The data, held as bytes.
+        process: Its training times are drawn from.
+        config: The settings.
+        device: Where the images and the noise go; times stay on the CPU.
+    """
+
+    def __init__(
+        self, images: ImageSet, process: Process, config: TrainingConfig, device: torch.device
+    ) -> None:
+        self.images, self.process, self.config, self.device = images, process, config, device
+        self._order = BatchOrder(len(images), config.batch_size, config.seed)
+
+    def __getitem__(self, step: int) -> Batch:
+        """Return the batch of a step."""
+        config = self.config
+
+        def random(purpose: str) -> torch.Generator:
+            return generator(config.seed, purpose, step)
+
+        x0, labels = self.images.batch(self._order.batch(step))
+        if config.horizontal_flip:
+            mirrored = torch.rand(len(x0), 1, 1, 1, generator=random("flips")) < 0.5
+            x0 = torch.where(mirrored, x0.flip(-1), x0)
+        if labels is not None:
+            labels = drop_labels(
+                labels, config.label_dropout, self.images.num_classes, random("label dropout")
+            ).to(self.device)
+        noise = torch.randn(x0.shape, generator=random("noise"))
+        t = uniform_times(self.process, len(x0), random("times"))
+        order = torch.channels_last
+        return Batch(
+            x0.to(self.device, memory_format=order),
+            noise.to(self.device, memory_format=order),
+            t,
+            labels,
+        )

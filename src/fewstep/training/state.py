@@ -1,0 +1,129 @@
+"""What changes during training: raw weights, averaged weights, the optimiser's memory, the step; on disk and off."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.checkpoints import load_tensors, save_json, save_tensors
+from fewstep.errors import CheckpointError
+from fewstep.models import CONFIG_FILE, WEIGHT_FILES, ModelConfig, fill, read_config
+from fewstep.training.config import TrainingConfig
+from fewstep.training.rates import average_decay, learning_rate
+
+OPTIMISER_FILE = "optimiser.safetensors"
+
+
+class TrainingState:
+    """The weights of a run and everything needed to go on with them.
+
+    Args:
+        network: The network in training; its weights are the raw ones.
+        config: The settings.
+
+    Attributes:
+        average: A second network that holds the exponential moving average of the weights.
+        step: Updates that are done.
+    """
+
+    def __init__(self, network: nn.Module, config: TrainingConfig) -> None:
+        self.config = config
+        self.step = 0
+        self.network = network.train()
+        self.average = copy.deepcopy(network).eval().requires_grad_(False)
+        self._parameters = dict(network.named_parameters())
+        self._averaged = list(self.average.parameters())
+        self.optimiser = torch.optim.AdamW(
+            _groups(self._parameters.values(), config.weight_decay),
+            lr=config.learning_rate,
+            betas=config.betas,
+            foreach=True,
+        )
+
+    def update(self) -> Tensor:
+        """Apply the gradients, update the average, count the step.
+
+        Returns:
+            Euclidean norm of the gradient before clipping, shape ().
+        """
+        config, parameters = self.config, list(self._parameters.values())
+        norm = nn.utils.clip_grad_norm_(parameters, config.gradient_clip or float("inf"))
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(config, self.step)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        with torch.no_grad():
+            weight = 1 - average_decay(config.ema_decay, self.step)
+            torch._foreach_lerp_(self._averaged, parameters, weight)
+        self.step += 1
+        return norm
+
+    def save(self, folder: Path, model: ModelConfig) -> None:
+        """Write the files of a checkpoint into a folder that exists.
+
+        Raises:
+            CheckpointError: A file cannot be written.
+        """
+        save_tensors(folder / WEIGHT_FILES["ema"], self.average.state_dict())
+        save_tensors(folder / WEIGHT_FILES["raw"], self.network.state_dict())
+        save_tensors(folder / OPTIMISER_FILE, self._optimiser_tensors())
+        save_json(folder / CONFIG_FILE, model.to_dict())
+
+    def load(self, folder: Path) -> Mapping[str, Any]:
+        """Take over the state of a checkpoint, bit for bit.
+
+        Returns:
+            The ``training`` entry of its configuration.
+
+        Raises:
+            CheckpointError: The checkpoint cannot be read or does not fit.
+        """
+        record = read_config(folder).training
+        step = record.get("step")
+        if not isinstance(step, int):
+            raise CheckpointError(
+                f"{folder / CONFIG_FILE} does not say after which step it was saved; it can be sampled from, "
+                "but training cannot go on from it: use an earlier checkpoint"
+            )
+        average, raw = (load_tensors(folder / WEIGHT_FILES[kind]) for kind in ("ema", "raw"))
+        memory = load_tensors(folder / OPTIMISER_FILE)
+        fill(self.average, average, folder / WEIGHT_FILES["ema"])
+        fill(self.network, raw, folder / WEIGHT_FILES["raw"])
+        self._fill_optimiser(memory, folder / OPTIMISER_FILE)
+        self.step = step
+        return record
+
+    def _optimiser_tensors(self) -> dict[str, Tensor]:
+        return {
+            f"{name}/{key}": value
+            for name, parameter in self._parameters.items()
+            for key, value in self.optimiser.state.get(parameter, {}).items()
+        }
+
+    def _fill_optimiser(self, memory: Mapping[str, Tensor], path: Path) -> None:
+        self.optimiser.state.clear()
+        for full_name, value in memory.items():
+            name, _, key = full_name.rpartition("/")
+            parameter = self._parameters.get(name)
+            if parameter is None or (value.ndim and value.shape != parameter.shape):
+                raise CheckpointError(
+                    f"{path} does not fit the network at {full_name!r}; the files of the folder come from "
+                    "different runs: use an earlier checkpoint"
+                )
+            # In the memory order of the weights, so that every later update rounds as if nothing had happened.
+            own = torch.empty_like(parameter).copy_(value) if value.ndim else value
+            self.optimiser.state[parameter][key] = own
+
+
+def _groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
+    """Decay matrices and kernels, but not biases and the scales of normalisations."""
+    matrices, vectors = [], []
+    for parameter in parameters:
+        (matrices if parameter.ndim > 1 else vectors).append(parameter)
+    groups = [(matrices, weight_decay), (vectors, 0.0)]
+    return [{"params": group, "weight_decay": decay} for group, decay in groups if group]
