@@ -57,7 +57,8 @@ class ModelConfig:
 
     def build_network(self) -> UNet:
         """Return the network with new weights, in channels-last memory order."""
-        return UNet(self.network).to(memory_format=torch.channels_last)
+        network = UNet(self.network)
+        return network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as plain data, ready for JSON."""
@@ -212,7 +213,9 @@ def load(
             f"{folder} has no {weights} weights ({path.name}); "
             + ("use weights='ema'" if weights == "raw" else "copy it again from its source")
         )
-    network = config.build_network()
+    with torch.device("meta"):  # no initial weights, so no random numbers either
+        network = config.build_network()
+    network = network.to_empty(device="cpu").to(memory_format=torch.channels_last)
     fill(network, load_tensors(path), path)
     return Model(network.to(torch.device(device)), config)
 

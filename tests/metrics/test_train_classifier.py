@@ -10,6 +10,7 @@ from torch import Tensor
 from fewstep.data import ImageSet, load_images
 from fewstep.errors import DataError, InvalidInputError
 from fewstep.metrics import digit_features, frechet_distance, label_accuracy, load_classifier
+from fewstep.metrics.classifier_card import disjoint_parts
 from fewstep.metrics.classifier_training import Epoch, Recipe, augmented, train
 from fewstep.metrics.frechet import FeatureStatistics
 from fewstep.metrics.train_classifier import main
@@ -188,3 +189,14 @@ def test_bad_requests_end_in_one_line(
     assert main(arguments) == 2
     errors = capsys.readouterr().err
     assert errors.startswith("error: ") and message in errors and errors.count("\n") == 1
+
+
+def test_parts_are_disjoint_and_balanced() -> None:
+    labels = torch.tensor([2, 0, 1, 1, 0, 2, 2, 0, 1, 0, 2, 1, 1, 1, 2])  # 4 zeros, 6 ones
+    parts = disjoint_parts(labels, size=7)
+    assert [len(part) for part in parts] == [6, 6]
+    assert len(torch.cat(parts).unique()) == 12
+    for part in parts:
+        assert labels[part].bincount().tolist() == [2, 2, 2]
+    (whole,) = disjoint_parts(labels, size=100)
+    assert labels[whole].bincount().tolist() == [4, 4, 4]

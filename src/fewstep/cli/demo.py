@@ -19,12 +19,20 @@ from fewstep.models import Model, load
 from fewstep.noise import Noise
 from fewstep.sampling import sample
 
-RUNS: tuple[tuple[str, int], ...] = (("ddpm", 1000), ("ddim", 50), ("ddim", 20), ("ddim", 10), ("dpmpp_2m", 10))
+RUNS: tuple[tuple[str, int], ...] = (
+    ("ddpm", 1000),
+    ("ddim", 50),
+    ("ddim", 20),
+    ("ddim", 10),
+    ("dpmpp_2m", 10),
+)
 SEEDS = range(8)
 FORWARD_TIMES = (0, 50, 100, 250, 500, 999)
 
 
-def demo(out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("out")) -> None:
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("out"),
+) -> None:
     """Draw the same digits by DDPM in 1000 network calls and by few-step samplers, and time them."""
     model = load("digits")
     forward = out / "forward.png"
@@ -65,10 +73,16 @@ def _run(model: Model, sampler: str, steps: int) -> dict[str, Any]:
 
 def _print(results: list[dict[str, Any]]) -> None:
     reference = results[0]["images"]
-    table = Table("sampler", "network calls", "seconds", "distance to the first row", "read as asked")
+    table = Table(
+        "sampler", "network calls", "seconds", "distance to the first row", "read as asked"
+    )
     for r in results:
         distance = (r["images"] - reference).square().mean().sqrt()
         table.add_row(
-            r["title"], str(r["calls"]), f"{r['seconds']:.1f}", f"{distance:.3f}", f"{r['read']:.0%}"
+            r["title"],
+            str(r["calls"]),
+            f"{r['seconds']:.1f}",
+            f"{distance:.3f}",
+            f"{r['read']:.0%}",
         )
     Console().print(table)

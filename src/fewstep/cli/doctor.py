@@ -15,7 +15,11 @@ from fewstep.models import bundled_models
 from fewstep.training.precision import has_native_bfloat16
 
 REQUIRED = ("torch", "numpy", "scipy", "safetensors", "pillow", "rich", "typer")
-EXTRAS = {"matplotlib": "plots", "diffusers": "comparisons with peers", "scikit-learn": "development"}
+EXTRAS = {
+    "matplotlib": "plots",
+    "diffusers": "comparisons with peers",
+    "scikit-learn": "development",
+}
 
 
 def doctor() -> None:
@@ -33,7 +37,10 @@ def _facts() -> list[tuple[str, str]]:
         *((name, _version(name)) for name in REQUIRED),
         *((name, f"{_version(name)} (for {use})") for name, use in EXTRAS.items()),
         ("processor", f"{os.cpu_count()} cores, {torch.get_num_threads()} torch threads"),
-        ("bfloat16", "native" if has_native_bfloat16(torch.device("cpu")) else "emulated: train in float32"),
+        (
+            "bfloat16",
+            "native" if has_native_bfloat16(torch.device("cpu")) else "emulated: train in float32",
+        ),
         ("accelerators", ", ".join(_accelerators()) or "none"),
         ("bundled models", ", ".join(bundled_models()) or "none"),
         ("cache", str(cache_dir())),

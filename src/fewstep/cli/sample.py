@@ -18,32 +18,54 @@ from fewstep.schedulers import Grid
 
 
 def sample(
-    model: Annotated[str, typer.Argument(help="A bundled model such as digits, a model folder, or a training run.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="A bundled model such as digits, a model folder, or a training run."),
+    ],
     out: Annotated[
-        str, typer.Option(help="A picture of all images (.png keeps the settings), or a folder for single files.")
+        str,
+        typer.Option(
+            help="A picture of all images (.png keeps the settings), or a folder for single files."
+        ),
     ] = "samples.png",
     n: Annotated[int | None, typer.Option("--n", min=1, help="Number of images.")] = None,
     label: Annotated[
-        str | None, typer.Option(help="A class for all images, or one for each: 7, or 0,1,2; names work too.")
+        str | None,
+        typer.Option(help="A class for all images, or one for each: 7, or 0,1,2; names work too."),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Number of steps.")] = DEFAULT_STEPS,
     sampler: Annotated[str, typer.Option(help="See: fewstep samplers")] = DEFAULT_SAMPLER,
     scheduler: Annotated[str, typer.Option(help="See: fewstep schedulers")] = DEFAULT_SCHEDULER,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first image; the next one has the next.")] = 0,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale; 1 is off.")] = 1.0,
-    clip: Annotated[bool, typer.Option("--clip", help="Clip the estimates of x_0 to the image range.")] = False,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Seed of the first image; the next one has the next.")
+    ] = 0,
+    guidance: Annotated[
+        float, typer.Option(help="Classifier-free guidance scale; 1 is off.")
+    ] = 1.0,
+    clip: Annotated[
+        bool, typer.Option("--clip", help="Clip the estimates of x_0 to the image range.")
+    ] = False,
     sampler_option: Annotated[
-        list[str] | None, typer.Option(help="Option of the sampler as name=value; may be given again.")
+        list[str] | None,
+        typer.Option(help="Option of the sampler as name=value; may be given again."),
     ] = None,
     scheduler_option: Annotated[
-        list[str] | None, typer.Option(help="Option of the scheduler as name=value; may be given again.")
+        list[str] | None,
+        typer.Option(help="Option of the scheduler as name=value; may be given again."),
     ] = None,
     sigmas: Annotated[
-        str | None, typer.Option(help="Falling sigma/alpha values, run as given: 14.6,3.9,1.2,0.3,0")
+        str | None,
+        typer.Option(help="Falling sigma/alpha values, run as given: 14.6,3.9,1.2,0.3,0"),
     ] = None,
-    times: Annotated[str | None, typer.Option(help="Falling times, then clean data: 999,700,400,100")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images that go through the network together.")] = 64,
-    weights: Annotated[str, typer.Option(help="ema (averaged) or raw; raw only for training runs.")] = "ema",
+    times: Annotated[
+        str | None, typer.Option(help="Falling times, then clean data: 999,700,400,100")
+    ] = None,
+    batch_size: Annotated[
+        int, typer.Option(min=1, help="Images that go through the network together.")
+    ] = 64,
+    weights: Annotated[
+        str, typer.Option(help="ema (averaged) or raw; raw only for training runs.")
+    ] = "ema",
     device: Annotated[str, typer.Option(help="cpu, cuda, mps...")] = "cpu",
 ) -> None:
     """Make images from noise."""
@@ -88,7 +110,9 @@ def _labels(model: Model, text: str | None) -> int | list[int] | None:
     if text is None:
         return None
     names = {name: k for k, name in enumerate(model.class_names)}
-    labels = [names[word] if word in names else _number(word, "label", int) for word in text.split(",")]
+    labels = [
+        names[word] if word in names else _number(word, "label", int) for word in text.split(",")
+    ]
     return labels if len(labels) > 1 else labels[0]
 
 
@@ -96,9 +120,13 @@ def _grid(model: Model, sigmas: str | None, times: str | None) -> Grid | None:
     if sigmas and times:
         raise InvalidInputError("give either --sigmas or --times, not both")
     if sigmas:
-        return Grid.from_ratios(model.process, [_number(v, "sigma", float) for v in sigmas.split(",")])
+        return Grid.from_ratios(
+            model.process, [_number(v, "sigma", float) for v in sigmas.split(",")]
+        )
     if times:
-        return Grid.from_times(model.process, [_number(v, "time", float) for v in times.split(",")])
+        return Grid.from_times(
+            model.process, [_number(v, "time", float) for v in times.split(",")]
+        )
     return None
 
 
@@ -106,7 +134,9 @@ def _number(text: str, what: str, kind: Callable[[str], Any]) -> Any:
     try:
         return kind(text.strip())
     except ValueError:
-        raise InvalidInputError(f"{what} {text.strip()!r} is not a number; write a list like 1,2,3") from None
+        raise InvalidInputError(
+            f"{what} {text.strip()!r} is not a number; write a list like 1,2,3"
+        ) from None
 
 
 def _options(pairs: list[str] | None) -> dict[str, str]:

@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fewstep.errors import InvalidInputError
+from fewstep.training.config import TrainingConfig
 
 if TYPE_CHECKING:
-    from fewstep.training import Step, Trainer, TrainingConfig
+    from fewstep.training import Step, Trainer
 
 INTERRUPTED = 130
 PLAIN_LINE_SECONDS = 10.0
@@ -30,76 +31,92 @@ def train(
     data: Annotated[
         str,
         typer.Argument(
-            help="Images: a folder (sub-folders are classes), an .npz file, or a name such as mnist-1000."
+            help="Images: a folder (sub-folders are classes), an .npz file, or a name such as "
+            "mnist-1000."
         ),
     ],
     out: Annotated[
-        Path,
-        typer.Option(help="Folder of the run. If it holds a run, that run goes on."),
+        Path, typer.Option(help="Folder of the run. If it holds a run, that run goes on.")
     ] = Path("runs/mine"),
     size: Annotated[
-        int | None, typer.Option(help="Edge of the square images in pixels; by default as they are.")
-    ] = None,
+        int | None,
+        typer.Option(help="Edge of the square images in pixels; by default as they are."),
+    ] = TrainingConfig.size,
     channels: Annotated[
         int | None, typer.Option(help="1 (grey) or 3 (RGB); by default as they are.")
-    ] = None,
-    network: Annotated[str, typer.Option(help="Preset of the U-Net.")] = "small",
+    ] = TrainingConfig.channels,
+    network: Annotated[str, typer.Option(help="Preset of the U-Net.")] = TrainingConfig.network,
     network_options: Annotated[
         str,
-        typer.Option(help='What differs from the preset, as JSON: \'{"channels": [32, 64]}\'.'),
+        typer.Option(help="What differs from the preset, as JSON: '{\"channels\": [32, 64]}'."),
     ] = "{}",
     process: Annotated[
         str,
-        typer.Option(help='Forward process: a name, or JSON: \'{"name": "vp_cosine", "steps": 500}\'.'),
+        typer.Option(
+            help='Forward process: a name, or JSON: \'{"name": "vp_cosine", "steps": 500}\'.'
+        ),
     ] = "vp_linear",
     predicts: Annotated[
         str, typer.Option(help="What the network outputs: noise, data, velocity or flow.")
-    ] = "noise",
-    steps: Annotated[int, typer.Option(help="Updates of the weights in all.")] = 10_000,
-    batch_size: Annotated[int, typer.Option(help="Images per step.")] = 128,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 5e-4,
+    ] = TrainingConfig.predicts,
+    steps: Annotated[
+        int, typer.Option(help="Updates of the weights in all.")
+    ] = TrainingConfig.steps,
+    batch_size: Annotated[int, typer.Option(help="Images per step.")] = TrainingConfig.batch_size,
+    learning_rate: Annotated[
+        float, typer.Option(help="Peak learning rate of AdamW.")
+    ] = TrainingConfig.learning_rate,
     warmup_steps: Annotated[
         int, typer.Option(help="Steps over which the learning rate rises from zero.")
-    ] = 200,
+    ] = TrainingConfig.warmup_steps,
     decay: Annotated[
         str, typer.Option(help="Learning rate afterwards: cosine (falls to zero) or constant.")
-    ] = "cosine",
-    weight_decay: Annotated[float, typer.Option(help="Decoupled weight decay of AdamW.")] = 0.01,
+    ] = TrainingConfig.decay,
+    weight_decay: Annotated[
+        float, typer.Option(help="Decoupled weight decay of AdamW.")
+    ] = TrainingConfig.weight_decay,
     gradient_clip: Annotated[
         float, typer.Option(help="Longest gradient, as Euclidean norm; 0: no limit.")
-    ] = 1.0,
+    ] = TrainingConfig.gradient_clip,
     ema_decay: Annotated[
-        float, typer.Option(help="Share of the old average of the weights kept in each step, 0..1.")
-    ] = 0.999,
+        float, typer.Option(help="Share of the averaged weights kept in each step, below 1.")
+    ] = TrainingConfig.ema_decay,
     label_dropout: Annotated[
-        float, typer.Option(help="Share of images shown without label, 0..1, for guidance.")
-    ] = 0.1,
-    horizontal_flip: Annotated[bool, typer.Option(help="Mirror half of the images.")] = False,
+        float, typer.Option(help="Share of images shown without label, 0 to 1, for guidance.")
+    ] = TrainingConfig.label_dropout,
+    horizontal_flip: Annotated[
+        bool, typer.Option("--horizontal-flip", help="Mirror half of the images.")
+    ] = TrainingConfig.horizontal_flip,
     precision: Annotated[
         str, typer.Option(help="float32, bfloat16, or auto (bfloat16 where it is native).")
-    ] = "auto",
+    ] = TrainingConfig.precision,
     parts: Annotated[
         int, typer.Option(help="Parts of a batch, each with its own thread on a CPU.")
-    ] = 2,
-    seed: Annotated[int, typer.Option(help="Decides every random number of the run.")] = 0,
-    checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
+    ] = TrainingConfig.parts,
+    seed: Annotated[
+        int, typer.Option(help="Decides every random number of the run.")
+    ] = TrainingConfig.seed,
+    checkpoint_every: Annotated[
+        int, typer.Option(help="Steps between checkpoints.")
+    ] = TrainingConfig.checkpoint_every,
     sample_every: Annotated[
         int, typer.Option(help="Steps between sheets of samples; 0: none.")
-    ] = 1000,
+    ] = TrainingConfig.sample_every,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1, ...; by default CUDA if there is any.")
+        str | None,
+        typer.Option(help="cpu, cuda, cuda:1, ...; by default CUDA if there is any."),
     ] = None,
     overfit: Annotated[
         bool,
         typer.Option(
             "--overfit",
-            help="Only try whether the loss falls on a single batch; trains for --steps, at most "
-            f"{OVERFIT_STEPS}, and saves nothing.",
+            help="Only try whether the loss falls on a single batch: at most "
+            f"{OVERFIT_STEPS} steps, nothing is saved.",
         ),
     ] = False,
 ) -> None:
     """Train a model on images. Started again on the same folder, it goes on where it was."""
-    from fewstep.training import Trainer, TrainingConfig
+    from fewstep.training import Trainer
 
     config = TrainingConfig(
         data=data,
@@ -155,7 +172,7 @@ def _json_object(option: str, text: str) -> dict[str, Any]:
         raise InvalidInputError(f"--{option} {text!r} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise InvalidInputError(
-            f'--{option} {text!r} is not a JSON object; give names and values, such as \'{{"name": 1}}\''
+            f"--{option} {text!r} is not a JSON object; give names and values, such as '{{\"name\": 1}}'"
         )
     return value
 
@@ -256,9 +273,7 @@ def _bar(facts: Iterable[Step], trainer: Trainer) -> Iterator[Step]:
         )
         for fact in facts:
             left = _clock(_seconds_left(fact, trainer.config))
-            text = (
-                f"loss {fact.loss:.4f}  {fact.images_per_second:.0f} images/s  {left} left"
-            )
+            text = f"loss {fact.loss:.4f}  {fact.images_per_second:.0f} images/s  {left} left"
             progress.update(task, completed=fact.step, facts=text)
             yield fact
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from string import Template
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from fewstep.data import ImageSet
+from fewstep.errors import DataError
 from fewstep.metrics.classifier_training import Epoch, Recipe
 from fewstep.metrics.digits import (
     STATISTICS_FILE,
@@ -18,7 +23,7 @@ from fewstep.metrics.digits import (
 from fewstep.metrics.frechet import FeatureStatistics, frechet_distance
 
 CARD_FILE = "README.md"
-SAMPLE_SIZE = 1000
+PART_SIZE = 1000
 
 CARD = Template("""\
 # Model card: `mnist-classifier`
@@ -49,12 +54,14 @@ All with the float16 weights as shipped.
 | --- | --- |
 | test images read correctly ($test_count) | **$test_accuracy** |
 | training images read correctly ($train_count) | $train_accuracy |
-| Fréchet distance, all training images to all test images | **$train_distance** |
-| Fréchet distance, $sample_count training images to all test images | $sample_distance |
+| Fréchet distance to the test images, all training images | **$train_distance** |
+| Fréchet distance to the test images, $part_size training images | $part_distance |
+| the same for $balanced_size, equally many of each digit | $balanced_distance |
 | variance of the test images' features, summed over dimensions | $variance |
 
-The $sample_count images are spread evenly over the training set. Their distance shows what a
-small number of images adds; $sample_count images of a perfect generator would get about as much.
+The last two are means over disjoint random parts of the training set, with the standard
+deviation between parts: what as many images of a perfect generator would get, asked for digits at
+random or for equally many of each.
 
 ## Training
 
@@ -97,26 +104,59 @@ def measure(folder: Path, train_set: ImageSet, test_set: ImageSet) -> dict[str, 
     train_features = digit_features(train_set.images, classifier=classifier)
     test_statistics = FeatureStatistics.of(digit_features(test_set.images, classifier=classifier))
     test_statistics.save(folder / STATISTICS_FILE)
-    sample = train_features[:: max(len(train_set) // SAMPLE_SIZE, 1)][:SAMPLE_SIZE]
+    labels = _known_labels(train_set)
+    # Neighbours in the training set often come from one writer, so the parts are drawn at random.
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(0))
+    parts = disjoint_parts(torch.zeros_like(labels))
+    balanced_parts = disjoint_parts(labels[order])
 
-    def accuracy(data: ImageSet) -> float:
-        labels = [] if data.labels is None else data.labels
-        return label_accuracy(data.images, labels, classifier=classifier)
+    def distance(parts: Iterable[Tensor]) -> str:
+        each = [frechet_distance(train_features[order[part]], test_statistics) for part in parts]
+        return f"{np.mean(each):.1f} ± {np.std(each):.1f}"
+
+    def accuracy(data: ImageSet) -> str:
+        share = label_accuracy(data.images, _known_labels(data), classifier=classifier)
+        return f"{share:.2%}"
 
     return {
         "dimensions": str(classifier.feature_dim),
         "parameters": f"{sum(weight.numel() for weight in classifier.parameters()):,}",
         "weights_size": _kilobytes(folder / WEIGHTS_FILE),
         "statistics_size": _kilobytes(folder / STATISTICS_FILE),
-        "test_count": f"{len(test_set):,}",
         "train_count": f"{len(train_set):,}",
-        "sample_count": f"{len(sample):,}",
-        "test_accuracy": f"{accuracy(test_set):.2%}",
-        "train_accuracy": f"{accuracy(train_set):.2%}",
+        "test_count": f"{len(test_set):,}",
+        "part_size": f"{len(parts[0]):,}",
+        "balanced_size": f"{len(balanced_parts[0]):,}",
+        "test_accuracy": accuracy(test_set),
+        "train_accuracy": accuracy(train_set),
         "train_distance": f"{frechet_distance(train_features, test_statistics):.3f}",
-        "sample_distance": f"{frechet_distance(sample, test_statistics):.3f}",
+        "part_distance": distance(parts),
+        "balanced_distance": distance(balanced_parts),
         "variance": f"{float(test_statistics.covariance.trace()):.1f}",
     }
+
+
+def disjoint_parts(labels: Tensor, size: int = PART_SIZE) -> list[Tensor]:
+    """Split images into as many parts as possible with equally many of each label.
+
+    Args:
+        labels: (N,) integers.
+        size: Images in a part, rounded down to a multiple of the number of labels; fewer if there
+            are not enough.
+
+    Returns:
+        The indices of each part, which keep the images' order within each label.
+
+    >>> [part.tolist() for part in disjoint_parts(torch.tensor([0, 1, 1, 0, 0, 1, 1]), size=2)]
+    [[0, 1], [3, 2], [4, 5]]
+    """
+    members = [(labels == label).nonzero()[:, 0] for label in labels.unique()]
+    fewest = min(len(indices) for indices in members)
+    share = min(size // len(members), fewest)
+    return [
+        torch.cat([indices[start : start + share] for indices in members])
+        for start in range(0, fewest - share + 1, share)
+    ]
 
 
 def write_card(
@@ -152,6 +192,12 @@ def write_card(
         ),
     )
     (folder / CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def _known_labels(data: ImageSet) -> Tensor:
+    if data.labels is None:
+        raise DataError(f"{data.source} has no labels; give labelled images, such as mnist")
+    return data.labels
 
 
 def _kilobytes(path: Path) -> str:

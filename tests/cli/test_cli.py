@@ -1,0 +1,160 @@
+"""The command line as a user meets it: exit codes, files, one-line errors."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fewstep as fs
+from fewstep.cli import main
+from fewstep.data import read_metadata
+from fewstep.models import Model, ModelConfig
+from fewstep.networks import UNetConfig
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """Run `fewstep words...` and return its exit status."""
+    monkeypatch.setattr(sys, "argv", ["fewstep", *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return int(stop.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with an untrained class-conditional model of 8x8 pictures."""
+    config = ModelConfig(
+        network=UNetConfig(in_channels=1, channels=(16,), blocks=1, attention=(), num_classes=3, groups=4),
+        process=fs.process.vp_linear().to_dict(),
+        shape=(1, 8, 8),
+        class_names=("ant", "bee", "cat"),
+        name="tiny",
+    )
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    Model(config.build_network(), config).save(folder)
+    return str(folder)
+
+
+def test_sample_writes_a_picture_with_its_settings(tiny, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "grid.png"
+    words = ["--n", "3", "--label", "bee", "--steps", "4", "--seed", "5", "--out", str(out)]
+    assert run(monkeypatch, "sample", tiny, *words) == 0
+    settings = read_metadata(out)
+    assert settings["seeds"] == [5, 6, 7]
+    assert settings["labels"] == [1, 1, 1]
+    assert settings["network_calls"] == 4
+    assert "4 network calls" in capsys.readouterr().out
+
+
+def test_sample_writes_single_files_that_equal_the_seed_alone(tiny, tmp_path, monkeypatch):
+    assert run(monkeypatch, "sample", tiny, "--n", "3", "--steps", "3", "--out", f"{tmp_path}/all/") == 0
+    words = ["--seed", "2", "--steps", "3", "--out", f"{tmp_path}/one/"]
+    assert run(monkeypatch, "sample", tiny, *words) == 0
+    third, alone = (
+        np.asarray(Image.open(tmp_path / name)) for name in ("all/000002.png", "one/000000.png")
+    )
+    assert np.array_equal(third, alone)
+    assert read_metadata(tmp_path / "all/000002.png")["seeds"] == [2]
+
+
+def test_hand_written_levels_are_run_as_given_and_recorded(tiny, tmp_path, monkeypatch):
+    out = tmp_path / "x.png"
+    assert run(monkeypatch, "sample", tiny, "--sigmas", "80,5,0.25,0", "--out", str(out)) == 0
+    assert read_metadata(out)["sigma_over_alpha"] == pytest.approx([80, 5, 0.25, 0], rel=1e-14)
+    assert run(monkeypatch, "sample", tiny, "--times", "900,300.5", "--out", str(out)) == 0
+    assert read_metadata(out)["times"] == [900, 300.5, -1]
+
+
+def test_options_of_sampler_and_scheduler_reach_the_plan(tiny, tmp_path, monkeypatch):
+    out = tmp_path / "x.png"
+    words = ["--sampler", "DDIM", "--sampler-option", "eta=0.5", "--scheduler", "karras"]
+    words += ["--scheduler-option", "rho=5", "--steps", "3", "--label", "0,2", "--guidance", "2"]
+    assert run(monkeypatch, "sample", tiny, *words, "--out", str(out)) == 0
+    settings = read_metadata(out)
+    assert settings["sampler_options"] == {"eta": 0.5}
+    assert settings["scheduler_options"] == {"rho": 5.0}
+    assert (settings["labels"], settings["guidance"]) == ([0, 2], 2.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--sampler", "dpmp_2m"], "did you mean 'dpmpp_2m'"),
+        (["--scheduler", "karas"], "did you mean 'karras'"),
+        (["--sampler", "ddim", "--sampler-option", "etta=1"], "did you mean 'eta'"),
+        (["--sampler", "ddim", "--sampler-option", "eta=-1"], "number in 0..10"),
+        (["--sampler", "ddim", "--sampler-option", "eta"], "write name=value"),
+        (["--scheduler", "simple", "--steps", "1001"], "1001 steps do not fit"),
+        (["--label", "9"], "classes 0..2"),
+        (["--label", "dog"], "label 'dog'"),
+        (["--guidance", "3"], "needs labels"),
+        (["--sigmas", "1,2,0"], "fall strictly"),
+        (["--sigmas", "1,x"], "sigma 'x'"),
+        (["--sigmas", "1,0", "--times", "5"], "not both"),
+        (["--times", "1200,5"], "outside"),
+        (["--weights", "raw"], "no raw weights"),
+    ],
+)
+def test_bad_input_is_one_line_with_the_remedy(tiny, tmp_path, monkeypatch, capsys, words, message):
+    out = tmp_path / "never.png"
+    status = run(monkeypatch, "sample", tiny, *words, "--out", str(out))
+    error = capsys.readouterr().err
+    assert status == (1 if words[0] == "--weights" else 2)
+    assert message in error
+    assert error.strip().count("\n") == 0
+    assert not out.exists()
+
+
+def test_unknown_model_names_the_bundled_ones(monkeypatch, capsys):
+    assert run(monkeypatch, "sample", "digitz") == 2
+    assert "did you mean 'digits'" in capsys.readouterr().err
+
+
+def test_truncated_weights_are_named(tiny, tmp_path, monkeypatch, capsys):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in Path(tiny).iterdir():
+        (broken / file.name).write_bytes(file.read_bytes()[: 200 if "safetensors" in file.name else None])
+    assert run(monkeypatch, "sample", str(broken)) == 1
+    assert "model.safetensors" in capsys.readouterr().err
+
+
+def test_steps_below_one_are_refused(tiny, monkeypatch, capsys):
+    assert run(monkeypatch, "sample", tiny, "--steps", "0") == 2
+    assert "steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["samplers", "schedulers"])
+def test_listings_come_from_the_registry(monkeypatch, capsys, command):
+    registry = getattr(fs, command)
+    entries = registry.SAMPLERS if command == "samplers" else registry.SCHEDULERS
+    assert run(monkeypatch, command, "--json") == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert [row["name"] for row in rows] == entries.names()
+    assert [len(row["options"]) for row in rows] == [len(entry.options) for entry in entries]
+    assert run(monkeypatch, command) == 0
+    assert all(name[:8] in capsys.readouterr().out for name in entries.names()[:1])
+    assert run(monkeypatch, command, rows[0]["name"]) == 0
+    assert rows[0]["paper"] in capsys.readouterr().out
+    assert run(monkeypatch, command, "no such thing") == 0
+    assert "No entry" in capsys.readouterr().out
+
+
+def test_doctor_names_versions_and_devices(monkeypatch, capsys):
+    assert run(monkeypatch, "doctor") == 0
+    text = capsys.readouterr().out
+    assert fs.__version__ in text
+    assert torch.__version__.split("+")[0] in text
+
+
+def test_version_and_help(monkeypatch, capsys):
+    assert run(monkeypatch, "--version") == 0
+    assert capsys.readouterr().out.strip() == f"fewstep {fs.__version__}"
+    assert run(monkeypatch, "--help") == 0
+    assert all(name in capsys.readouterr().out for name in ("train",))
