@@ -21,7 +21,12 @@ from torch import Tensor
 
 from fewstep.errors import CheckpointError
 
-_UNFINISHED, _REPLACED = ".tmp-", ".old-"
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks
+    fcntl = None
+
+_UNFINISHED, _REPLACED, _LOCK = ".tmp-", ".old-", ".lock"
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -126,6 +131,27 @@ def remove_leftovers(parent: Path) -> None:
         for prefix in (_UNFINISHED, _REPLACED):
             for leftover in parent.glob(f"{prefix}*"):
                 shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextmanager
+def only_writer(folder: Path) -> Iterator[None]:
+    """Hold a folder for this process alone; the system lets go of it even if the process is killed.
+
+    Raises:
+        CheckpointError: Another process holds the folder, or it cannot be written to.
+    """
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / _LOCK).open("w")
+    with file:
+        if fcntl is not None:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise CheckpointError(
+                    f"another process is writing to {folder}; wait for it, stop it, or give another folder"
+                ) from error
+        yield
 
 
 def _rename_over(temporary: Path, path: Path) -> None:

@@ -215,7 +215,7 @@ def load(
         )
     with torch.device("meta"):  # no initial weights, so no random numbers either
         network = config.build_network()
-    network = network.to_empty(device="cpu").to(memory_format=torch.channels_last)
+    network = network.to_empty(device="cpu")
     fill(network, load_tensors(path), path)
     return Model(network.to(torch.device(device)), config)
 

@@ -15,7 +15,14 @@ from fewstep.training.randomness import BatchOrder, generator
 
 
 class Batch(NamedTuple):
-    """Images ``x0`` (B, C, H, W) in [-1, 1], standard normal ``noise``, times ``t`` (B,), and ``labels`` (B,) if any."""
+    """What one step trains on.
+
+    Args:
+        x0: Images in [-1, 1], shape (B, C, H, W).
+        noise: Standard normal, the shape of x0.
+        t: Times in the process's unit, float64 on the CPU, shape (B,).
+        labels: Classes with the null class among them, shape (B,), or None.
+    """
 
     x0: Tensor
     noise: Tensor

@@ -114,7 +114,9 @@ class TrainingConfig:
         _require("ema_decay", self.ema_decay, 0, 1)
         _require("label_dropout", self.label_dropout, 0, 1, closed_high=True)
         if not isinstance(self.betas, list | tuple) or len(self.betas) != 2:
-            raise InvalidInputError(f"betas = {self.betas!r} is not allowed; give two numbers in [0, 1)")
+            raise InvalidInputError(
+                f"betas = {self.betas!r} is not allowed; give two numbers in [0, 1)"
+            )
         for beta in self.betas:
             _require("betas", beta, 0, 1)
         object.__setattr__(self, "betas", tuple(self.betas))

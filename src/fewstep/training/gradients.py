@@ -1,14 +1,16 @@
 """Gradients of a batch, computed in equal parts on several threads of the processor.
 
-Small networks on a CPU are held up by the threads of each operation waiting for one another, hundreds of
-times in a step. Here each thread takes its part of the batch through the whole network, and they meet once.
+The operations of a small network are short. When torch shares each of them out over its own threads, these spend
+much of their time waiting for one another, hundreds of times in a step; worse so on a busy machine. Here each
+thread takes its part of the batch through the whole network, and they meet once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -19,13 +21,15 @@ from fewstep.training.batches import Batch
 class Gradients:
     """Puts the gradient of the mean loss over a batch into ``.grad`` of a network's parameters.
 
-    The parts are added in their order, so the result does not depend on which thread is done first.
+    The parts are added in their order, so the result does not depend on which thread is done first. Within
+    a ``with`` block each part has a thread, and torch's own threads are shared out evenly among them;
+    outside, the parts are computed one after the other.
 
     Args:
         network: The network.
-        loss_of: Mean loss over a batch, called in several threads at once.
-        parts: How many parts to cut each batch into.
-        threaded: Whether each part has its own thread.
+        loss_of: Mean loss over a batch; must be fit to be called from several threads at once.
+        parts: How many parts to cut each batch into, 1 or more.
+        threaded: False: one after the other within the block as well.
     """
 
     def __init__(
@@ -33,16 +37,39 @@ class Gradients:
     ) -> None:
         self.parameters = [p for p in network.parameters() if p.requires_grad]
         self.loss_of, self.parts, self.threaded = loss_of, parts, threaded and parts > 1
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __enter__(self) -> Self:
+        if self.threaded:
+            self._all_threads = torch.get_num_threads()
+            each = max(1, self._all_threads // self.parts)
+            torch.set_num_threads(each)
+            self._pool = ThreadPoolExecutor(
+                self.parts, "gradients", initializer=torch.set_num_threads, initargs=(each,)
+            )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+            torch.set_num_threads(self._all_threads)
 
     def __call__(self, batch: Batch) -> Tensor:
         """Set the gradients; return the mean loss, shape ()."""
         pieces = batch.split(self.parts)
         shares = [len(piece.x0) / len(batch.x0) for piece in pieces]
-        run = self._pool.map if self.threaded else map
-        losses, gradients = zip(*run(self._gradient, pieces, shares), strict=True)
+        each = map if self._pool is None else self._pool.map
+        losses, gradients = zip(*each(self._gradient, pieces, shares), strict=True)
         total = list(gradients[0])
         for more in gradients[1:]:
-            torch._foreach_add_(total, more)
+            for gradient, addend in zip(total, more, strict=True):
+                gradient.add_(addend)
         for parameter, gradient in zip(self.parameters, total, strict=True):
             parameter.grad = gradient
         return torch.stack(losses).sum()
@@ -50,11 +77,3 @@ class Gradients:
     def _gradient(self, piece: Batch, share: float) -> tuple[Tensor, Sequence[Tensor]]:
         loss = share * self.loss_of(piece)
         return loss.detach(), torch.autograd.grad(loss, self.parameters, materialize_grads=True)
-
-    @cached_property
-    def _pool(self) -> ThreadPoolExecutor:
-        available = torch.get_num_threads()
-        each = max(1, available // self.parts)
-        pool = ThreadPoolExecutor(self.parts, "gradients", torch.set_num_threads, (each,))
-        torch.set_num_threads(available)
-        return pool

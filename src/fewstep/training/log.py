@@ -56,7 +56,9 @@ class Log:
         kept = [entry for entry in self.entries() if entry.get("step", 0) <= step]
         temporary = self.path.with_name(f".tmp-{self.path.name}")
         try:
-            temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+            temporary.write_text(
+                "".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8"
+            )
             os.replace(temporary, self.path)
         except OSError as error:
             raise _unwritable(self.path, error) from error

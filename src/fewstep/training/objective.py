@@ -52,7 +52,7 @@ def prediction_loss(
     Source: Ho, Jain, Abbeel 2020, arXiv:2006.11239, equation 14.
     """
     column = (-1,) + (1,) * (x0.ndim - 1)
-    alpha, sigma = (f(t).to(x0.device).reshape(column) for f in (process.alpha, process.sigma))
+    alpha, sigma = (f(t).reshape(column) for f in (process.alpha, process.sigma))
     x_t = alpha.to(x0) * x0 + sigma.to(x0) * noise
     output = network(x_t, t.to(x0), **conditions)
     target = training_target(predicts, x0, noise, alpha, sigma)
@@ -75,12 +75,17 @@ def pixelwise_loss(process: Process, variance: Tensor, predicts: str = "noise") 
     >>> pixelwise_loss(vp_linear(), torch.zeros(4))
     0.0
     """
-    entries = range(0, process.training_steps)
+    entries = range(process.training_steps)
     times = torch.tensor([process.table_time(i) for i in entries], dtype=torch.float64)
     alpha, sigma = process.alpha(times)[:, None], process.sigma(times)[:, None]
-    v = variance.to(torch.float64).cpu().reshape(1, -1)
-    error = sigma * (v / (alpha**2 * v + sigma**2)).sqrt()
-    return float(training_target(predicts, error, -alpha * error / sigma, alpha, sigma).square().mean())
+
+    def total(v: Tensor) -> float:
+        error = sigma * (v / (alpha**2 * v + sigma**2)).sqrt()
+        target = training_target(predicts, error, -alpha * error / sigma, alpha, sigma)
+        return float(target.square().mean(0).sum())
+
+    pixels = variance.to("cpu", torch.float64).flatten()
+    return sum(total(some) for some in pixels.split(4096)) / len(pixels)
 
 
 def drop_labels(labels: Tensor, share: float, null: int, generator: Generator) -> Tensor:

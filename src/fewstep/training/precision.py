@@ -1,4 +1,4 @@
-"""The type of number the network computes in while it is trained."""
+"""The type of number the network computes in while it is trained; the weights are always float32."""
 
 from __future__ import annotations
 
@@ -8,13 +8,23 @@ import torch
 def has_native_bfloat16(device: torch.device) -> bool:
     """Say whether a device multiplies bfloat16 in hardware; elsewhere it is slower than float32."""
     if device.type == "cpu":
-        return bool(
-            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        )
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
+def compute_type(precision: str, device: torch.device) -> torch.dtype:
+    """Return the type that a setting stands for.
+
+    Args:
+        precision: ``"float32"``, ``"bfloat16"``, or ``"auto"`` for bfloat16 where it is native.
+        device: Where the network computes.
+    """
+    if precision == "auto":
+        return torch.bfloat16 if has_native_bfloat16(device) else torch.float32
+    return torch.bfloat16 if precision == "bfloat16" else torch.float32
+
+
 def autocast(precision: str, device: torch.device) -> torch.autocast:
-    """Return the context of a forward pass: float32, or bfloat16 where it is asked for or ``"auto"`` finds it native."""
-    wanted = precision == "bfloat16" or (precision == "auto" and has_native_bfloat16(device))
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=wanted)
+    """Return the context for the network's forward pass, see `compute_type`."""
+    narrow = compute_type(precision, device) == torch.bfloat16
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=narrow)

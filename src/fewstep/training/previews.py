@@ -14,7 +14,9 @@ from fewstep.sampling import sample
 COLUMNS, CALLS = 10, 50
 
 
-def save_preview(path: Path, raw: nn.Module, average: nn.Module, model: ModelConfig, step: int) -> None:
+def save_preview(
+    path: Path, raw: nn.Module, average: nn.Module, model: ModelConfig, step: int
+) -> None:
     """Write a sheet of two rows, raw and averaged weights; the same seeds and labels in every sheet of a run.
 
     Args:
@@ -40,4 +42,6 @@ def save_preview(path: Path, raw: nn.Module, average: nn.Module, model: ModelCon
         )
         rows.append((title, samples.images))
     titles = [classes[label] for label in labels] if labels else None
-    save_image(path, labelled_sheet(rows, titles), {"step": step, "sampler": "ddim", "steps": CALLS})
+    save_image(
+        path, labelled_sheet(rows, titles), {"step": step, "sampler": "ddim", "steps": CALLS}
+    )

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fewstep.checkpoints import load_tensors, save_json, save_tensors
 from fewstep.errors import CheckpointError
@@ -37,7 +38,7 @@ class TrainingState:
         self.network = network.train()
         self.average = copy.deepcopy(network).eval().requires_grad_(False)
         self._parameters = dict(network.named_parameters())
-        self._averaged = list(self.average.parameters())
+        self._averaged: list[Tensor] = list(self.average.parameters())
         self.optimiser = torch.optim.AdamW(
             _groups(self._parameters.values(), config.weight_decay),
             lr=config.learning_rate,
@@ -51,15 +52,15 @@ class TrainingState:
         Returns:
             Euclidean norm of the gradient before clipping, shape ().
         """
-        config, parameters = self.config, list(self._parameters.values())
+        config = self.config
+        parameters: list[Tensor] = list(self._parameters.values())
         norm = nn.utils.clip_grad_norm_(parameters, config.gradient_clip or float("inf"))
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(config, self.step)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            weight = 1 - average_decay(config.ema_decay, self.step)
-            torch._foreach_lerp_(self._averaged, parameters, weight)
+        move_average = get_ema_multi_avg_fn(average_decay(config.ema_decay, self.step))
+        move_average(self._averaged, parameters, self.step)
         self.step += 1
         return norm
 
@@ -74,17 +75,13 @@ class TrainingState:
         save_tensors(folder / OPTIMISER_FILE, self._optimiser_tensors())
         save_json(folder / CONFIG_FILE, model.to_dict())
 
-    def load(self, folder: Path) -> Mapping[str, Any]:
+    def load(self, folder: Path) -> None:
         """Take over the state of a checkpoint, bit for bit.
-
-        Returns:
-            The ``training`` entry of its configuration.
 
         Raises:
             CheckpointError: The checkpoint cannot be read or does not fit.
         """
-        record = read_config(folder).training
-        step = record.get("step")
+        step = read_config(folder).training.get("step")
         if not isinstance(step, int):
             raise CheckpointError(
                 f"{folder / CONFIG_FILE} does not say after which step it was saved; it can be sampled from, "
@@ -96,7 +93,6 @@ class TrainingState:
         fill(self.network, raw, folder / WEIGHT_FILES["raw"])
         self._fill_optimiser(memory, folder / OPTIMISER_FILE)
         self.step = step
-        return record
 
     def _optimiser_tensors(self) -> dict[str, Tensor]:
         return {

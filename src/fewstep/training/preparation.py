@@ -1,0 +1,123 @@
+"""What has to be right before the first step: device, images, network, and the run that is gone on with."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.data import Finding, ImageSet, check_images
+from fewstep.errors import DataError, InvalidInputError
+from fewstep.models import ModelConfig
+from fewstep.training.config import TrainingConfig
+
+
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """Return a device that tensors can be made on; None: CUDA if there is any, else the CPU.
+
+    Raises:
+        InvalidInputError: There is no such device here.
+    """
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
+        raise InvalidInputError(
+            f"device {device!r} cannot be used ({str(error).splitlines()[0]}); give cpu, or cuda where there is an "
+            "accelerator"
+        ) from error
+    return chosen
+
+
+def check_for_training(images: ImageSet) -> tuple[Finding, ...]:
+    """Return the warnings about images.
+
+    Raises:
+        DataError: They cannot be trained on.
+    """
+    findings = check_images(images)
+    errors = [finding.message for finding in findings if finding.severity == "error"]
+    if errors:
+        raise DataError("these images cannot be trained on: " + "; ".join(errors))
+    return tuple(findings)
+
+
+def fit_model(config: TrainingConfig, images: ImageSet, name: str) -> ModelConfig:
+    """Return the model that settings and images ask for.
+
+    Raises:
+        InvalidInputError: The network cannot halve images of this size.
+    """
+    network = config.network_config(images.shape[0], images.num_classes)
+    _, height, width = images.shape
+    if height % network.size_multiple or width % network.size_multiple:
+        multiple = network.size_multiple
+        raise InvalidInputError(
+            f"images of {height}x{width} pixels do not fit the network {config.network!r}, which needs "
+            f"multiples of {multiple}; give a size such as {max(1, round(height / multiple)) * multiple}"
+        )
+    return ModelConfig(
+        network=network,
+        process=config.process,
+        shape=images.shape,
+        predicts=config.predicts,
+        class_names=tuple(images.class_names),
+        name=name,
+    )
+
+
+def pixel_variance(images: ImageSet) -> Tensor:
+    """Return the variance of each pixel over the images in [-1, 1], float64, shape (C, H, W)."""
+    total, squares = (torch.zeros(images.shape, dtype=torch.float64) for _ in range(2))
+    for chunk in images.images.split(4096):
+        x = chunk.to(torch.float64) / 127.5 - 1
+        total += x.sum(0)
+        squares += x.square().sum(0)
+    mean = total / len(images)
+    return (squares / len(images) - mean.square()).clamp(min=0)
+
+
+def describe(images: ImageSet) -> dict[str, Any]:
+    """Return what is recorded of the images; the digest tells whether others are the same."""
+    digest = hashlib.blake2b(images.images.cpu().numpy().tobytes(), digest_size=16)
+    if images.labels is not None:
+        digest.update(images.labels.cpu().numpy().tobytes())
+    return {
+        "source": images.source,
+        "images": len(images),
+        "shape": list(images.shape),
+        "classes": images.num_classes,
+        "digest": digest.hexdigest(),
+    }
+
+
+def require_same(
+    config: TrainingConfig, data: Mapping[str, Any], record: Mapping[str, Any], folder: Path
+) -> None:
+    """Refuse to go on with a run under other settings or on other images.
+
+    Args:
+        config: The settings given now.
+        data: The images given now, see `describe`.
+        record: What the checkpoint says of its training.
+        folder: The run, for the message.
+
+    Raises:
+        InvalidInputError: Something that decides the weights differs; the message lists it.
+    """
+    before = TrainingConfig.from_dict(record.get("settings", {}))
+    differing = config.differences(before)
+    if differing:
+        raise InvalidInputError(
+            f"{folder} holds a run with other settings ({'; '.join(differing)}); give the same settings to go on "
+            "with it, or another folder to start anew"
+        )
+    if record.get("data", {}).get("digest") != data["digest"]:
+        raise InvalidInputError(
+            f"the images of {data['source']} are not those that the run in {folder} was trained on; bring back the "
+            "same images to go on with it, or give another folder to start anew"
+        )

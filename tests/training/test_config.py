@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from fewstep.errors import InvalidInputError, UnknownNameError
+from fewstep.process import flow
+from fewstep.training import TrainingConfig
+
+
+def test_round_trip_through_json(make_config):
+    config = make_config(process={"name": "flow"}, betas=(0.8, 0.95), size=8)
+    assert TrainingConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_process_is_written_out_in_full(make_config):
+    assert make_config(process={"name": "flow"}).process == flow().to_dict()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 0},
+        {"steps": 1.5},
+        {"steps": True},
+        {"batch_size": 0},
+        {"parts": 0},
+        {"seed": -1},
+        {"warmup_steps": -1},
+        {"checkpoint_every": 0},
+        {"sample_every": -1},
+        {"learning_rate": 0},
+        {"learning_rate": math.nan},
+        {"learning_rate": math.inf},
+        {"weight_decay": -0.1},
+        {"gradient_clip": -1.0},
+        {"ema_decay": 1.0},
+        {"label_dropout": 1.1},
+        {"betas": (0.9,)},
+        {"betas": (0.9, 1.0)},
+        {"precision": "float8"},
+        {"decay": "linear"},
+        {"predicts": "nose"},
+        {"network": "smal"},
+        {"network_options": {"chanels": [8]}},
+        {"network_options": {"group_width": 3}},
+        {"process": {"name": "vp_liner"}},
+        {"process": {"name": "flow", "t_mim": 0.1}},
+    ],
+    ids=str,
+)
+def test_a_wrong_value_is_refused_by_its_name(make_config, changes):
+    with pytest.raises(InvalidInputError) as error:
+        make_config(**changes)
+    (name, value), message = next(iter(changes.items())), str(error.value)
+    if isinstance(value, dict):
+        words = [str(word) for pair in value.items() for word in pair]
+        assert any(word in message for word in words)
+    else:
+        assert name in message
+
+
+def test_unknown_setting_names_the_nearest():
+    with pytest.raises(UnknownNameError, match="learning_rate"):
+        TrainingConfig.from_dict({"data": "mnist-1000", "learning_rat": 1e-3})
+
+
+def test_settings_without_data_are_refused():
+    with pytest.raises(InvalidInputError, match="data"):
+        TrainingConfig.from_dict({"steps": 3})
+
+
+def test_differences_name_what_decides_the_weights_only(make_config):
+    one, two = make_config(seed=1, steps=5, data="a"), make_config(seed=2, steps=9, data="b")
+    assert one.differences(two) == ["seed: 1, not 2"]
+    assert one.differences(make_config(seed=1)) == []
+
+
+@pytest.mark.parametrize(
+    ("process", "scale"), [("vp_linear", 1), ("flow", 1000), ("edm", 1), ("vp_continuous", 1000)]
+)
+def test_network_sees_times_in_steps(make_config, process, scale):
+    config = make_config(process={"name": process})
+    network = config.network_config(channels=3, num_classes=4)
+    assert (network.time_scale, network.in_channels, network.num_classes) == (scale, 3, 4)
+
+
+def test_network_options_win_over_what_is_fitted(make_config):
+    config = make_config(process={"name": "flow"}, network_options={"time_scale": 10.0})
+    assert config.network_config(channels=1, num_classes=0).time_scale == 10
