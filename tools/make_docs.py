@@ -101,7 +101,7 @@ PAGES: dict[str, Callable[[], str]] = {
 }
 
 
-def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+def markdown_table(columns: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table; a vertical bar inside a cell is escaped."""
     lines = [columns, ["---"] * len(columns), *rows]
     cells = [[str(cell).replace("|", "\\|") for cell in line] for line in lines]
