@@ -18,7 +18,8 @@ from fewstep.process import Level
 if TYPE_CHECKING:
     from fewstep.plan.plan import Plan
 
-GUARD_EVERY = 8
+LOOK_EVERY, LARGE = 8, 2**20
+"""How many network calls pass between looks for NaN and infinity; at this many elements, every call is looked at."""
 
 
 class DenoiserLike(Protocol):
@@ -66,97 +67,133 @@ def execute(
         raise InvalidInputError(
             f"{plan.name} draws noise {plan.draws} times; give noise=fewstep.Noise(seeds, shape)"
         )
-    x = x if x.dtype == torch.float64 else x.float()
     if hasattr(denoiser, "for_run"):
         denoiser = denoiser.for_run()  # type: ignore[attr-defined]
-    run = _Run(plan, denoiser, noise, on_step)
-    result = run.loop(
-        plan.lowered(getattr(denoiser, "parameterisation", None)), x, guard_every=GUARD_EVERY
-    )
-    if result is None:  # run once more, looking closely, to say where it began
-        run.on_step = None
-        run.loop(plan.lowered(None), x, guard_every=1)
-        raise NonFiniteError(
-            f"{plan.name}: a NaN or infinity appeared, but not when run again; {_REMEDY}"
-        )
-    return result
+    operations = plan.lowered(getattr(denoiser, "parameterisation", None))
+    x = x if x.dtype == torch.float64 else x.float()
+    return _Run(plan, denoiser, noise, on_step, _Guard(plan, x)).loop(operations, x)
 
 
+class _Run:
+    """One run of a Plan: everything that changes lives here and in the registers of `loop`."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        denoiser: Any,
+        noise: NoiseSource | None,
+        on_step: Callable[[Progress], None] | None,
+        guard: _Guard,
+    ) -> None:
+        self.plan, self.denoiser, self.noise = plan, denoiser, noise
+        self.on_step, self.guard = on_step, guard
+
+    def loop(self, operations: Sequence[Operation], x: Tensor) -> Tensor:
+        what: Any  # the kind beside it says which
+        values: dict[int, Tensor] = {0: x}
+        guard, call = self.guard, 0
+        guard.check(x)
+        for kind, what, first, factor, rest, out, dead in operations:
+            if kind is Combine:
+                if factor is None:
+                    second, weight = rest[0]
+                    value = torch.add(values[first], values[second], alpha=weight)
+                    rest = rest[1:]
+                else:
+                    value = values[first] * factor
+                for register, weight in rest:
+                    value.add_(values[register], alpha=weight)
+            elif kind is Draw:
+                value = self._draw(what, x)
+                guard.recent.append((what, call, value))
+            else:
+                point = values[first]
+                call += 1
+                if call % guard.every == 0:
+                    guard.check(point)
+                value = self._evaluate(what, point)
+                guard.recent.append((what, call, value))
+                if self.on_step is not None:
+                    self._report(what, point, value, call)
+            values[out] = value
+            for register in dead:
+                del values[register]
+        result = values[self.plan.result]
+        guard.check(result)
+        return result
+
+    def _evaluate(self, what: Evaluate | Denoise, point: Tensor) -> Tensor:
+        denoiser = self.denoiser
+        if type(what) is Evaluate:
+            return denoiser.output(point, what.level)
+        value = denoiser(point, what.level)
+        if value.shape != point.shape:
+            raise InvalidInputError(
+                f"the denoiser gave the shape {tuple(value.shape)} for a point of shape {tuple(point.shape)}; "
+                "it must give an estimate of x_0 in the shape of the point"
+            )
+        return value if value.dtype == point.dtype else value.to(point.dtype)
+
+    def _draw(self, draw: Draw, x: Tensor) -> Tensor:
+        assert self.noise is not None
+        z = self.noise(draw.start, draw.end)
+        if getattr(z, "shape", None) != x.shape:
+            raise InvalidInputError(
+                f"the noise source gave {_shape(z)}; it must give a tensor of the state's shape {tuple(x.shape)}"
+            )
+        return z.to(x)
+
+    def _report(self, what: Evaluate | Denoise, x: Tensor, value: Tensor, call: int) -> None:
+        assert self.on_step is not None
+        if isinstance(what, Evaluate):
+            skip, out = self.denoiser.parameterisation.skip_out(what.level)
+            value = skip * x + out * value
+        self.on_step(Progress(call, self.plan.calls, what.level, x, value))
+
+
+class _Guard:
+    """Finds where a run ceases to be finite.
+
+    A NaN or infinity in a network's output or in the noise stays in every later point. So it is enough to look at a
+    point now and then, and to keep what was added since the last look, to say exactly where it came from.
+    """
+
+    def __init__(self, plan: Plan, x: Tensor) -> None:
+        self.plan = plan
+        self.every = LOOK_EVERY if x.numel() < LARGE else 1
+        self.recent: list[tuple[Evaluate | Denoise | Draw, int, Tensor]] = []
+
+    def check(self, point: Tensor) -> None:
+        """Look at the point, and at what led to it if that is not finite."""
+        if not finite(point):
+            raise NonFiniteError(f"{self.plan.name}: {self._culprit()}")
+        self.recent.clear()
+
+    def _culprit(self) -> str:
+        for what, call, value in self.recent:
+            if finite(value):
+                continue
+            if isinstance(what, Draw):
+                stretch = f"from level {what.start} to {what.end}"
+                return f"the noise after call {call}, {stretch}, {_FAULT}; check its source"
+            place = f"at call {call} of {self.plan.calls}, level {what.level}"
+            return f"the network's output {place}, {_FAULT}; {_REMEDY}"
+        if not self.recent:
+            return f"the starting point x {_FAULT}; check where it comes from"
+        return f"the state overflowed by call {self.recent[-1][1]} of {self.plan.calls}; {_REMEDY}"
+
+
+_FAULT = "holds a NaN or infinity"
 _REMEDY = (
     "run the network in float32 or bfloat16 instead of float16, check that `predicts` and the process are right "
     "(fewstep.testing.check_denoiser), and lower the guidance scale"
 )
 
 
-class _Run:
-    """One run of a Plan: everything that changes lives here and in the registers of `loop`."""
-
-    def __init__(self, plan: Plan, denoiser: Any, noise: NoiseSource | None, on_step: Any) -> None:
-        self.plan, self.denoiser, self.noise, self.on_step = plan, denoiser, noise, on_step
-
-    def loop(self, operations: Sequence[Operation], x: Tensor, guard_every: int) -> Tensor | None:
-        """The result, or None where it is not finite; with `guard_every=1` the first fault is raised with its place."""
-        values: dict[int, Tensor] = {0: x}
-        denoiser, call = self.denoiser, 0
-        if guard_every == 1 and not finite(x):
-            raise NonFiniteError(
-                f"{self.plan.name}: the starting point x holds a NaN or infinity; check where it comes from"
-            )
-        for operation in operations:
-            what = operation.what
-            kind = type(what)
-            if kind is Combine:
-                register, c = operation.first
-                rest = operation.rest
-                if c is not None:
-                    value = values[register] * c
-                else:
-                    (second, weight), *rest = rest
-                    value = torch.add(values[register], values[second], alpha=weight)
-                for register, weight in rest:
-                    value.add_(values[register], alpha=weight)
-            elif kind is Draw:
-                value = self._draw(what, x)
-            else:
-                point = values[what.point]
-                value = (
-                    denoiser.output(point, what.level)
-                    if kind is Evaluate
-                    else denoiser(point, what.level)
-                )
-                call += 1
-                if call % guard_every == 0 and not finite(value):
-                    if guard_every > 1:
-                        return None
-                    raise NonFiniteError(self._place(point, call, what.level))
-                if self.on_step is not None:
-                    self._report(what, point, value, call)
-            values[what.out] = value
-            for register in operation.dead:
-                del values[register]
-        result = values[self.plan.result]
-        return result if finite(result) else None
-
-    def _draw(self, draw: Draw, x: Tensor) -> Tensor:
-        assert self.noise is not None
-        z = self.noise(draw.start, draw.end)
-        if z.shape != x.shape:
-            raise InvalidInputError(
-                f"the noise source gave the shape {tuple(z.shape)}; the state has {tuple(x.shape)}"
-            )
-        return z.to(x)
-
-    def _report(self, what: Evaluate | Denoise, x: Tensor, value: Tensor, call: int) -> None:
-        if isinstance(what, Evaluate):
-            skip, out = self.denoiser.parameterisation.skip_out(what.level)
-            value = skip * x + out * value
-        self.on_step(Progress(call, self.plan.calls, what.level, x, value))
-
-    def _place(self, point: Tensor, call: int, level: Level) -> str:
-        culprit = "the network's output" if finite(point) else "the point given to the network"
-        return f"{self.plan.name}: {culprit} holds a NaN or infinity at call {call} of {self.plan.calls}, level {level}; {_REMEDY}"
-
-
 def finite(x: Tensor) -> bool:
-    """Whether every element is finite; the sum is cheap, and only a sum that is not finite needs a closer look."""
+    """Whether every element is finite; a finite sum says so cheaply, any other may just have overflowed."""
     return math.isfinite(float(x.sum())) or bool(torch.isfinite(x).all())
+
+
+def _shape(z: object) -> str:
+    return f"the shape {tuple(z.shape)}" if isinstance(z, Tensor) else repr(z)

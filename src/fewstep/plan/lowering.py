@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -35,27 +35,32 @@ class Evaluate:
     level: Level
 
 
-@dataclass(frozen=True, slots=True)
-class Operation:
-    """One thing for the executor to do, and the registers that nobody needs afterwards.
+class Operation(NamedTuple):
+    """One thing for the executor to do, laid out for its loop.
 
     Attributes:
-        what: The instruction.
-        first: For a Combine: the register that the sum starts from, and its coefficient, None for 1.
-        rest: For a Combine: the other terms.
-        dead: Registers to drop.
+        kind: Combine, Draw, Denoise or Evaluate.
+        what: The instruction itself.
+        first: The register that a sum starts from, or the point that is evaluated.
+        factor: The coefficient of the first register of a sum, None for 1; then there is at least one more term.
+        rest: The other terms of a sum.
+        out: The register that is written.
+        dead: Registers that nobody needs afterwards.
     """
 
+    kind: type
     what: Instruction | Evaluate
-    first: tuple[int, Tensor | None]
+    first: int
+    factor: Tensor | None
     rest: tuple[tuple[int, float], ...]
+    out: int
     dead: tuple[int, ...]
 
 
 def lower(
     program: Sequence[Instruction], result: int, form: LinearForm | None
 ) -> tuple[Operation, ...]:
-    """Order a program for the executor; with a linear form the estimates of x_0 are folded away where that saves work."""
+    """Order a program for the executor; a linear form folds the estimates of x_0 away where that saves work."""
     folded = list(program) if form is None else _fold(program, result, form)
     last_use = {register: k for k, i in enumerate(folded) for register in _reads(i)}
     last_use[result] = len(folded)
@@ -64,10 +69,15 @@ def lower(
         dead = {r for r in _reads(instruction) if last_use[r] == k}
         if instruction.out not in last_use:
             dead.add(instruction.out)
-        first, rest = (
-            _ordered(instruction) if isinstance(instruction, Combine) else ((-1, None), ())
+        operations.append(
+            Operation(
+                type(instruction),
+                instruction,
+                *_start(instruction),
+                instruction.out,
+                tuple(sorted(dead)),
+            )
         )
-        operations.append(Operation(instruction, first, rest, tuple(sorted(dead))))
     return tuple(operations)
 
 
@@ -85,6 +95,9 @@ def _fold(
         match instruction:
             case Denoise(estimate, point, level):
                 skip, out = form.skip_out(level)
+                if (skip, out) == (0.0, 1.0):  # the output is the estimate
+                    lowered.append(Evaluate(estimate, point, level))
+                    continue
                 output, fresh = fresh, fresh + 1
                 substitute = ((point, skip), (output, out))
                 lowered.append(Evaluate(output, point, level))
@@ -118,12 +131,20 @@ def _substituted(
     return tuple((register, c) for register, c in total.items() if c != 0.0)
 
 
-def _ordered(combine: Combine) -> tuple[tuple[int, Tensor | None], tuple[tuple[int, float], ...]]:
-    """Start from a term whose coefficient is 1, up to the rounding of the fold, since that needs no product."""
-    terms = sorted(combine.terms, key=lambda term: abs(term[1] - 1.0) > 4e-16)
-    (register, c), *rest = terms or [(0, 0.0)]
-    unit = abs(c - 1.0) <= 4e-16 and len(rest) > 0
-    return (register, None if unit else torch.tensor(c, dtype=torch.float64)), tuple(rest)
+def _start(
+    instruction: Instruction | Evaluate,
+) -> tuple[int, Tensor | None, tuple[tuple[int, float], ...]]:
+    """First register, its factor and the other terms; a sum starts where the factor is 1, which needs no product."""
+    match instruction:
+        case Combine(terms=terms):
+            # The rounding of the fold may leave a 1 off by an ulp or two.
+            (register, c), *rest = sorted(terms, key=lambda term: abs(term[1] - 1.0) > 4e-16)
+            unit = abs(c - 1.0) <= 4e-16 and len(rest) > 0
+            return register, None if unit else torch.tensor(c, dtype=torch.float64), tuple(rest)
+        case Denoise(point=point) | Evaluate(point=point):
+            return point, None, ()
+        case Draw():
+            return 0, None, ()
 
 
 def _reads(instruction: Instruction | Evaluate) -> tuple[int, ...]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from fewstep.errors import InvalidInputError
@@ -69,21 +71,8 @@ class Plan:
     inexact: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        written = {0}
-        for k, instruction in enumerate(self.instructions):
-            if missing := [r for r in reads(instruction) if r not in written]:
-                raise InvalidInputError(
-                    f"plan {self.name}: instruction {k} reads register {missing[0]} before it is written"
-                )
-            if instruction.out in written:
-                raise InvalidInputError(
-                    f"plan {self.name}: instruction {k} writes register {instruction.out} again"
-                )
-            written.add(instruction.out)
-        if self.result not in written:
-            raise InvalidInputError(
-                f"plan {self.name}: the result register {self.result} is never written"
-            )
+        if fault := _fault(self.instructions, self.result, self.levels):
+            raise InvalidInputError(f"plan {self.name}: {fault}")
         for rule, why in broken_rules(
             self.instructions, self.result, self.levels[0], self.levels[-1]
         ):
@@ -129,8 +118,8 @@ class Plan:
 
         Args:
             denoiser: A `fewstep.Denoiser`, or any callable `(x, level) -> x_0 estimate`.
-            x: The point at the first level, shape (B, ...): `sigma * noise`, plus `alpha * x_0` when starting from data.
-                State is kept in float32, or in float64 if x is float64, whatever the network's type.
+            x: The point at the first level, shape (B, ...): `sigma * noise`, plus `alpha * x_0` when starting from
+                data. State is kept in float32, or in float64 if x is float64, whatever the network's type.
             noise: A `fewstep.Noise`, or any callable `(from_level, to_level) -> standard normal tensor` of x's shape.
                 Needed when `draws > 0`.
             on_step: Called after each network call with a `Progress`.
@@ -175,6 +164,8 @@ class Plan:
         Raises:
             InvalidInputError: If the data is not a Plan, or a malformed one.
         """
+        if not isinstance(data, Mapping):
+            raise InvalidInputError(f"not a plan: {type(data).__name__} in place of an object")
         if data.get("format") != FORMAT or data.get("version") != VERSION:
             raise InvalidInputError(
                 f"not a plan of version {VERSION}: format={data.get('format')!r}, version={data.get('version')!r}"
@@ -184,24 +175,38 @@ class Plan:
             return cls(
                 instructions=tuple(_instruction(row, levels) for row in data["instructions"]),
                 result=int(data["result"]),
-                levels=tuple(levels[i] for i in data["grid"]),
+                levels=tuple(_pick(levels, i) for i in data["grid"]),
                 process=from_dict(data["process"]),
-                sampler=data["sampler"],
-                options=data["options"],
-                scheduler=data["scheduler"],
-                scheduler_options=data["scheduler_options"],
-                inexact=tuple(data["inexact"]),
+                sampler=str(data["sampler"]),
+                options=dict(data["options"]),
+                scheduler=str(data["scheduler"]),
+                scheduler_options=dict(data["scheduler_options"]),
+                inexact=tuple(map(str, data["inexact"])),
             )
-        except (KeyError, IndexError, TypeError, ValueError) as error:
-            if isinstance(error, InvalidInputError):
-                raise
+        except InvalidInputError:
+            raise
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise InvalidInputError(f"malformed plan: {type(error).__name__}: {error}") from error
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """The Plan as JSON text, written to a file if a path is given; `from_json` gives it back bit for bit."""
-        text = json.dumps(self.to_dict(), allow_nan=False)
+        """The Plan as JSON text, written to a file if a path is given; `from_json` gives it back bit for bit.
+
+        Raises:
+            InvalidInputError: If an option is not plain data, or the file cannot be written.
+        """
+        try:
+            text = json.dumps(self.to_dict(), allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise InvalidInputError(
+                f"plan {self.name} cannot be saved: {error}; its options must be finite numbers, texts or lists"
+            ) from error
         if path is not None:
-            Path(path).write_text(text + "\n", encoding="utf-8")
+            try:
+                Path(path).write_text(text + "\n", encoding="utf-8")
+            except OSError as error:
+                raise InvalidInputError(
+                    f"cannot write a plan to {os.fspath(path)!r}: {error}"
+                ) from error
         return text
 
     @classmethod
@@ -240,7 +245,13 @@ def trace(sampler: Sampler, grid: GridLike, name: str = "custom", **options: Any
     jump/karras-1: 1 network calls, 0 noise draws
     """
     tape = Tape()
-    result = tape.finish(sampler(tape, grid, **options))
+    try:
+        result = tape.finish(sampler(tape, grid, **options))
+    except (ArithmeticError, np.linalg.LinAlgError) as error:
+        raise InvalidInputError(
+            f"sampler {name} cannot run on this grid ({error}): it divides by zero, by an infinite step, or by one "
+            "that rounding makes zero; spread the levels, or handle clean data and pure noise in the sampler"
+        ) from error
     return Plan(
         instructions=tuple(tape.program),
         result=result,
@@ -254,10 +265,32 @@ def trace(sampler: Sampler, grid: GridLike, name: str = "custom", **options: Any
     )
 
 
+def _fault(program: Sequence[Instruction], result: int, levels: Sequence[Level]) -> str | None:
+    """What is wrong with the form of a program, if anything."""
+    if len(levels) < 2:
+        return f"a plan needs at least 2 levels, got {len(levels)}"
+    for level in levels:
+        if not (0 <= level.alpha < math.inf and 0 <= level.sigma < math.inf):
+            return f"level {level} must have finite alpha and sigma >= 0; start at a level with finite noise"
+    written = {0}
+    for k, instruction in enumerate(program):
+        if missing := [r for r in reads(instruction) if r not in written]:
+            return f"instruction {k} reads register {missing[0]} before it is written"
+        if instruction.out in written:
+            return f"instruction {k} writes register {instruction.out} again"
+        if isinstance(instruction, Combine):
+            if not instruction.terms:
+                return f"instruction {k} adds up nothing"
+            if bad := [c for _, c in instruction.terms if not math.isfinite(c)]:
+                return f"instruction {k} has the coefficient {bad[0]}; all must be finite"
+        written.add(instruction.out)
+    return None if result in written else f"the result register {result} is never written"
+
+
 def _read(path: str | os.PathLike[str]) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InvalidInputError(f"cannot read a plan from {os.fspath(path)!r}: {error}") from error
 
 
@@ -279,13 +312,19 @@ def _row(instruction: Instruction, index: dict[Level, int]) -> list[Any]:
             return ["draw", out, place(start), place(end)]
 
 
-def _instruction(row: list[Any], levels: list[Level]) -> Instruction:
+def _pick(levels: list[Level], index: int) -> Level:
+    if index < 0:
+        raise IndexError(f"level {index}")
+    return levels[index]
+
+
+def _instruction(row: Any, levels: list[Level]) -> Instruction:
     match row:
         case ["combine", int(out), list(terms)]:
             return Combine(out, tuple((int(register), float(c)) for register, c in terms))
         case ["denoise", int(out), int(point), int(level)]:
-            return Denoise(out, point, levels[level])
+            return Denoise(out, point, _pick(levels, level))
         case ["draw", int(out), int(start), int(end)]:
-            return Draw(out, levels[start], levels[end])
+            return Draw(out, _pick(levels, start), _pick(levels, end))
         case _:
             raise InvalidInputError(f"malformed plan: {row!r} is not an instruction")

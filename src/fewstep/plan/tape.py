@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from fewstep.errors import InvalidInputError
-from fewstep.plan.instructions import Combine, Denoise, Draw, Instruction
+from fewstep.plan.instructions import Combine, Denoise, Draw, Instruction, reads
 from fewstep.process import Level
 
 
@@ -18,6 +18,7 @@ class Vector:
     """
 
     __slots__ = ("terms",)
+    __array_ufunc__ = None  # a NumPy number times a Vector asks the Vector
 
     def __init__(self, terms: dict[int, float]) -> None:
         self.terms = terms
@@ -29,6 +30,7 @@ class Vector:
         return Vector(terms)
 
     def __mul__(self, factor: float) -> Vector:
+        factor = _number(factor)
         return Vector(
             {register: factor * coefficient for register, coefficient in self.terms.items()}
         )
@@ -36,7 +38,7 @@ class Vector:
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> Vector:
-        return self * (1.0 / divisor)
+        return self * (1.0 / _number(divisor))
 
     def __neg__(self) -> Vector:
         return self * -1.0
@@ -82,12 +84,23 @@ class Tape:
         return x
 
     def declare_inexact(self, rule: str) -> None:
-        """Say that this sampler breaks the "signal" or "noise" rule of a Plan on purpose, or keeps it only to its order."""
+        """Say that this sampler breaks a Plan's "signal" or "noise" rule on purpose, or keeps it only to its order."""
         self.inexact.add(rule)
 
     def finish(self, x: Vector) -> int:
-        """Settle the result and return its register."""
-        return self._settle(x)
+        """Settle the result, drop what it does not need, and return its register. Network calls all stay."""
+        if not isinstance(x, Vector):
+            raise InvalidInputError(
+                f"the sampler returned {x!r}; it must return a Vector, the point at the last level"
+            )
+        result = self._settle(x)
+        needed, kept = {result}, []
+        for instruction in reversed(self.program):
+            if isinstance(instruction, Denoise) or instruction.out in needed:
+                needed.update(reads(instruction))
+                kept.append(instruction)
+        self.program = kept[::-1]
+        return result
 
     def _new(self) -> int:
         self._registers += 1
@@ -99,7 +112,7 @@ class Tape:
 
     def _settle(self, x: Vector) -> int:
         """Give the point a register of its own; from then on x stands for that register, so programs stay short."""
-        terms = {register: c for register, c in x.terms.items() if c != 0.0}
+        terms = {register: c for register, c in x.terms.items() if c != 0.0} or {0: 0.0}
         for c in terms.values():
             if not math.isfinite(c):
                 raise InvalidInputError(
@@ -112,3 +125,12 @@ class Tape:
             terms = {out: 1.0}
         x.terms = terms
         return next(iter(terms))
+
+
+def _number(value: float) -> float:
+    if isinstance(value, Vector):
+        raise InvalidInputError(
+            "a sampler may add vectors and scale them by numbers, but not multiply or divide them by one another: "
+            "a Plan is linear"
+        )
+    return float(value)
