@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fewstep.denoisers import ClassifierFree, Clipped, Denoiser
+from fewstep.denoisers import BaseDenoiser, ClassifierFree, Clipped
 from fewstep.errors import InvalidInputError
 from fewstep.noise import Noise
 from fewstep.plan import Plan, Progress
+from fewstep.process import Process
 from fewstep.samplers import plan as make_plan
 from fewstep.schedulers import Grid, make_grid
 
+Numbers = int | Sequence[int] | np.ndarray | Tensor
+"""One whole number, or several."""
+
+BATCH_SIZE = 8
 DEFAULT_SAMPLER, DEFAULT_SCHEDULER, DEFAULT_STEPS = "dpmpp_2m", "trailing", 20
 
 
@@ -71,42 +78,46 @@ class Samples:
 
 
 def sample(
-    model: Denoiser,
+    model: BaseDenoiser,
     n: int | None = None,
     *,
     shape: Sequence[int] | None = None,
     sampler: str | Callable[..., Any] = DEFAULT_SAMPLER,
-    scheduler: str | Grid = DEFAULT_SCHEDULER,
+    scheduler: str | Callable[..., Grid] | Grid = DEFAULT_SCHEDULER,
     steps: int = DEFAULT_STEPS,
-    seed: int | Sequence[int] = 0,
-    labels: int | Sequence[int] | None = None,
+    seed: Numbers = 0,
+    labels: Numbers | None = None,
     guidance: float = 1.0,
     clip: bool = False,
     sampler_options: Mapping[str, Any] | None = None,
     scheduler_options: Mapping[str, Any] | None = None,
     plan: Plan | None = None,
-    batch_size: int = 64,
+    batch_size: int | None = None,
     device: torch.device | str | None = None,
     on_step: Callable[[Progress], None] | None = None,
 ) -> Samples:
     """Make pictures from noise.
 
     Args:
-        model: A model from `fewstep.load`, or any `fewstep.Denoiser`.
+        model: A model from `fewstep.load`, any `fewstep.Denoiser`, a wrapper around one, or an exact denoiser.
+            Conditions that it has already, one for each picture, are shared out with the pictures.
         n: How many; by default as many as there are seeds or labels, else 1.
         shape: Shape of one picture, (C, H, W); a loaded model knows its own. A shape (n, C, H, W) gives n as well.
-        sampler: Name of a sampler, or a function of your own.
-        scheduler: Name of a scheduler, or a `Grid`, which is run as given.
+        sampler: Name of a sampler, or a function `(tape, grid, **options)` of your own.
+        scheduler: Name of a scheduler, a function `(process, steps, **options)` of your own, or a `Grid`, which is run
+            as given.
         steps: Number of steps; not used with a Grid or a plan.
-        seed: The first picture's seed, the next one's being one higher; or one seed for each picture. A picture depends on
-            its own seed alone, not on the others, the batch size or the device.
+        seed: The first picture's seed, the next one's being one higher; or one seed for each picture. A picture
+            depends on its own seed alone, not on the others or their order.
         labels: A class for all pictures, or one for each; None for none.
         guidance: Classifier-free guidance scale for models with labels; 1 is off.
         clip: Whether the estimates of x_0 are clipped to [-1, 1].
         sampler_options: Options of the sampler.
         scheduler_options: Options of the scheduler.
         plan: A ready Plan, in place of sampler, scheduler and steps.
-        batch_size: Pictures that go through the network together.
+        batch_size: Pictures that go through the network together; by default 8, fewer for pictures above 28x28. The
+            last batch is filled up, because a network's rounding depends on the size of its batch: so a picture is
+            the same to the bit alone and among others. A large number is faster for many pictures, 1 for one.
         device: Where to compute; by default where the model is.
         on_step: Called after each network call of each batch.
 
@@ -120,102 +131,152 @@ def sample(
 
     >>> import fewstep as fs
     >>> denoiser = fs.exact.GaussianMixture(torch.zeros(1, 2), 1.0, process=fs.process.vp_linear())
-    >>> fs.sample(denoiser, shape=(4, 2), steps=5).images.shape
+    >>> fs.sample(denoiser, n=4, steps=5).images.shape
     torch.Size([4, 2])
     """
-    n, shape = _count_and_shape(model, n, shape, seed, labels)
-    seeds = _seeds(seed, n)
-    classes = _labels(model, labels, n)
+    first_or_all = _whole("seed", seed)
+    one_or_all = None if labels is None else _whole("labels", labels)
+    n, shape = _count_and_shape(model, n, shape, seed=first_or_all, labels=one_or_all)
+    seeds = (
+        first_or_all if isinstance(first_or_all, list) else [first_or_all + k for k in range(n)]
+    )
+    classes = [one_or_all] * n if isinstance(one_or_all, int) else one_or_all
+    _check_labels(model, classes)
     if plan is None:
-        options = dict(scheduler_options or {})
-        grid = (
-            scheduler
-            if isinstance(scheduler, Grid)
-            else make_grid(scheduler, model.process, steps, **options)
-        )
+        grid = _grid(scheduler, model.process, steps, dict(scheduler_options or {}))
         plan = make_plan(sampler, grid, **dict(sampler_options or {}))
+    elif sampler_options or scheduler_options:
+        raise InvalidInputError(
+            "a ready plan has its options in it; leave sampler_options and scheduler_options out"
+        )
     if plan.process != model.process:
         raise InvalidInputError(
             f"the plan is for {plan.process}, the model has {model.process}; make the plan for the model's"
         )
-    if batch_size < 1:
-        raise InvalidInputError(f"batch_size must be at least 1, got {batch_size}")
-    where = torch.device(device) if device is not None else _device(model)
+    size = _default_batch_size(shape) if batch_size is None else _one("batch_size", batch_size)
+    where = _device(model, device)
+    Noise(seeds, ())  # a seed that cannot be used is refused before any picture is made
+    denoiser = _conditioned(model, classes, guidance, where)
     images = []
-    for first in range(0, n, batch_size):
-        part = slice(first, first + batch_size)
-        denoiser = _conditioned(model, classes[part] if classes else None, guidance, where)
-        noise = Noise(seeds[part], shape, where)
+    for rows, own in _batches(Clipped(denoiser) if clip else denoiser, n, size):
+        noise = Noise([seeds[k] for k in rows], shape, where)
         x = plan.levels[0].sigma * noise.initial()
-        images.append(plan.run(Clipped(denoiser) if clip else denoiser, x, noise, on_step).cpu())
+        wanted = len(set(rows))
+        images.append(plan.run(own, x, noise, _first(wanted, on_step))[:wanted].cpu())
     record = {
         "software": f"fewstep {version('fewstep')}",
-        "model": getattr(model, "name", type(model).__name__),
+        "model": model.name,
         "sampler": plan.sampler,
-        "sampler_options": dict(plan.options),
+        "sampler_options": plan.options,
         "scheduler": plan.scheduler,
-        "scheduler_options": dict(plan.scheduler_options),
+        "scheduler_options": plan.scheduler_options,
         "steps": len(plan.levels) - 1,
         "network_calls": plan.calls,
+        "passes_per_call": denoiser.passes,
         "guidance": guidance,
         "clip": clip,
         "seeds": seeds,
         "labels": classes,
-        "times": [_plain(level.t) for level in plan.levels],
-        "sigma_over_alpha": [_plain(level.ratio) for level in plan.levels],
+        "times": [level.t for level in plan.levels],
+        # The ratio of two float64 numbers may be off in its last digit.
+        "sigma_over_alpha": [float(f"{level.ratio:.15g}") for level in plan.levels],
     }
-    return Samples(torch.cat(images), record)
+    return Samples(torch.cat(images), _plain(record))
+
+
+def _whole(name: str, value: Any) -> int | list[int]:
+    """A whole number, or a list of them, from Python, NumPy or torch."""
+    given = value.tolist() if hasattr(value, "tolist") else value
+    try:
+        return (
+            [operator.index(v) for v in given]
+            if isinstance(given, Iterable)
+            else operator.index(given)
+        )
+    except TypeError as error:
+        raise InvalidInputError(
+            f"{name}={given!r} is neither a whole number nor a list of whole numbers"
+        ) from error
+
+
+def _one(name: str, value: Any) -> int:
+    number = _whole(name, value)
+    if isinstance(number, list) or number < 1:
+        raise InvalidInputError(f"{name} must be a whole number >= 1, got {value!r}")
+    return number
 
 
 def _count_and_shape(
-    model: Denoiser, n: int | None, shape: Sequence[int] | None, seed: Any, labels: Any
+    model: BaseDenoiser, n: Any, shape: Any, **numbers: int | list[int] | None
 ) -> tuple[int, tuple[int, ...]]:
-    own = getattr(model, "shape", None)
+    own = model.shape
     if shape is None and own is None:
         raise InvalidInputError(
             "this denoiser does not know the shape of its pictures; give shape=(channels, height, width)"
         )
-    full = tuple(shape if shape is not None else own)  # type: ignore[arg-type]
-    if own is not None and shape is not None and full != tuple(own):
-        if full[1:] != tuple(own):
-            raise InvalidInputError(
-                f"shape {full} does not fit a model of {tuple(own)}; leave shape out"
-            )
-        n, full = full[0] if n is None else n, tuple(own)
-    elif own is None and len(full) == 4:
-        n, full = full[0] if n is None else n, full[1:]
-    counts = {len(v) for v in (seed, labels) if isinstance(v, Sequence)} | (
-        {n} if n is not None else set()
-    )
-    if len(counts) > 1:
-        raise InvalidInputError(
-            f"n, the seeds and the labels ask for different numbers of pictures: {sorted(counts)}"
-        )
-    count = counts.pop() if counts else 1
-    if count < 1:
-        raise InvalidInputError(f"n must be at least 1, got {count}")
-    return count, full
+    full = own if shape is None else tuple(_one("shape", edge) for edge in shape)
+    assert full is not None
+    counts = {name: len(v) for name, v in numbers.items() if isinstance(v, list)}
+    if n is not None:
+        counts["n"] = _one("n", n)
+    if len(full) == (4 if own is None else len(own) + 1):
+        counts["shape"], full = full[0], full[1:]
+    if own is not None and full != own:
+        raise InvalidInputError(f"shape {full} does not fit a model of {own}; leave shape out")
+    if len(set(counts.values())) > 1:
+        asked = ", ".join(f"{name} asks for {count}" for name, count in counts.items())
+        raise InvalidInputError(f"{asked} pictures; let them agree, or leave some of them out")
+    count = next(iter(counts.values()), 1)
+    return _one("the number of seeds or labels", count), full
 
 
-def _seeds(seed: int | Sequence[int], n: int) -> list[int]:
-    return list(seed) if isinstance(seed, Sequence) else [seed + k for k in range(n)]
-
-
-def _labels(model: Denoiser, labels: int | Sequence[int] | None, n: int) -> list[int] | None:
-    if labels is None:
-        return None
-    classes = [labels] * n if isinstance(labels, int) else list(labels)
-    known = getattr(model, "num_classes", None)
+def _check_labels(model: BaseDenoiser, classes: list[int] | None) -> None:
+    known = model.num_classes
+    if classes is None or known is None:
+        return
     if known == 0:
         raise InvalidInputError("this model was trained without labels; leave labels out")
-    if known is not None and (bad := [c for c in classes if not 0 <= c < known]):
+    if bad := [c for c in classes if not 0 <= c < known]:
         raise InvalidInputError(f"label {bad[0]} is not one of the model's classes 0..{known - 1}")
-    return classes
+
+
+def _grid(
+    scheduler: str | Callable[..., Grid] | Grid,
+    process: Process,
+    steps: Any,
+    options: dict[str, Any],
+) -> Grid:
+    if isinstance(scheduler, Grid):
+        if options:
+            raise InvalidInputError("a Grid is run as given; leave scheduler_options out")
+        return scheduler
+    count = _one("steps", steps)
+    if callable(scheduler):
+        return scheduler(process, count, **options)
+    return make_grid(scheduler, process, count, **options)
+
+
+def _device(model: BaseDenoiser, device: torch.device | str | None) -> torch.device:
+    own = model.device
+    if device is None:
+        return own or torch.device("cpu")
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise InvalidInputError(f"device={device!r} does not exist: {error}") from error
+    if own is None:
+        return wanted
+    if wanted.type != own.type or wanted.index not in (None, own.index):
+        raise InvalidInputError(
+            f"device={str(wanted)!r}, but the model is on {str(own)!r}; move it there first: "
+            "fewstep.load(..., device=...), or network.to(...)"
+        )
+    return own
 
 
 def _conditioned(
-    model: Denoiser, classes: list[int] | None, guidance: float, where: torch.device
-) -> Denoiser:
+    model: BaseDenoiser, classes: list[int] | None, guidance: float, where: torch.device
+) -> BaseDenoiser:
     if classes is None:
         if guidance != 1:
             raise InvalidInputError(
@@ -225,19 +286,54 @@ def _conditioned(
     denoiser = model.with_conditions(labels=torch.tensor(classes, device=where))
     if guidance == 1:
         return denoiser
-    null = getattr(model, "num_classes", None)
-    if null is None:
+    if model.num_classes is None:
         raise InvalidInputError(
             "only a loaded model knows its null label; wrap this one in fewstep.ClassifierFree yourself"
         )
-    return ClassifierFree(denoiser, guidance, null={"labels": null})
+    return ClassifierFree(denoiser, guidance, null={"labels": model.num_classes})
 
 
-def _device(model: Denoiser) -> torch.device:
-    parameters = getattr(model.network, "parameters", None)
-    first = next(iter(parameters()), None) if callable(parameters) else None
-    return first.device if first is not None else torch.device("cpu")
+def _default_batch_size(shape: Sequence[int]) -> int:
+    """Eight pictures of 28x28, or as many as hold that many pixels."""
+    pixels = math.prod(shape[1:])
+    return max(1, min(BATCH_SIZE, BATCH_SIZE * 28 * 28 // pixels))
 
 
-def _plain(value: float) -> float | str:
-    return value if math.isfinite(value) else str(value)
+def _batches(
+    denoiser: BaseDenoiser, n: int, size: int
+) -> Iterator[tuple[list[int], BaseDenoiser]]:
+    """Numbers of the pictures in each batch, and the denoiser with their share of the conditions.
+
+    Every batch has the same size: the last picture fills up the last one.
+    """
+    for first in range(0, n, size):
+        rows = [min(k, n - 1) for k in range(first, first + size)]
+        shares = {
+            name: value[rows]
+            for name, value in denoiser.conditions.items()
+            if isinstance(value, Tensor) and value.ndim and len(value) == n
+        }
+        yield rows, denoiser.with_conditions(**shares)
+
+
+def _first(
+    count: int, on_step: Callable[[Progress], None] | None
+) -> Callable[[Progress], None] | None:
+    """The callback without the pictures that only fill up a batch."""
+    if on_step is None:
+        return None
+    return lambda p: on_step(replace(p, x=p.x[:count], denoised=p.denoised[:count]))
+
+
+def _plain(value: Any) -> Any:
+    """The value as JSON can hold it; an infinity becomes text."""
+    if isinstance(value, Mapping):
+        return {str(name): _plain(v) for name, v in value.items()}
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    finite = isinstance(value, bool | int | str) or (
+        isinstance(value, float) and math.isfinite(value)
+    )
+    return value if value is None or finite else str(value)

@@ -61,8 +61,11 @@ def sample(
         str | None, typer.Option(help="Falling times, then clean data: 999,700,400,100")
     ] = None,
     batch_size: Annotated[
-        int, typer.Option(min=1, help="Images that go through the network together.")
-    ] = 64,
+        int | None,
+        typer.Option(
+            min=1, help="Images that go through the network together; by default 8 of 28x28."
+        ),
+    ] = None,
     weights: Annotated[
         str, typer.Option(help="ema (averaged) or raw; raw only for training runs.")
     ] = "ema",

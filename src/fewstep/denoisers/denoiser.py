@@ -3,42 +3,41 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from fewstep.denoisers.base import BaseDenoiser
 from fewstep.denoisers.parameterisation import Parameterisation
-from fewstep.errors import InvalidInputError
+from fewstep.errors import InvalidInputError, unknown_name
 from fewstep.process import Level, Process
 
 
-class Denoiser:
+class Denoiser(BaseDenoiser):
     """A network, its forward process and what it predicts: together an estimator `denoiser(x, level) -> x_0`.
 
-    Wrappers such as guidance or clipping are Denoisers again. A Denoiser holds no state.
+    Guidance and clipping are wrappers around it that are denoisers again. A Denoiser holds no state.
 
     Args:
         network: Any callable `(x, t, **conditions) -> output`, x of shape (B, ...), t of shape (B,) in the process's
             unit. The output has x's shape; one with twice the channels is taken for a learned-variance network, and
-            its second half is left aside.
+            its second half is left aside. A torch module is called in the mode it is in: put it in `eval()`.
         process: The forward process that the network was trained with.
         predicts: "noise", "data", "velocity", "flow", "score" or "edm".
         conditions: Keyword arguments for the network, such as labels; tensors have the batch as first dimension.
 
     Raises:
-        UnknownNameError: If there is no such prediction.
+        UnknownNameError: If there is no such prediction, or the network takes no condition of that name.
+        InvalidInputError: If the network is not callable or the process is none.
 
     >>> import torch, fewstep as fs
     >>> denoiser = Denoiser(lambda x, t: torch.zeros_like(x), fs.process.edm(), predicts="data")
     >>> denoiser(torch.ones(2, 3), denoiser.process.level(1.0)).abs().max().item()
     0.0
     """
-
-    parameterisation: Parameterisation | None
-    passes = 1
-    """Network passes for one call: 2 where guidance evaluates a second one."""
 
     def __init__(
         self,
@@ -47,76 +46,86 @@ class Denoiser:
         predicts: str = "noise",
         conditions: Mapping[str, Any] | None = None,
     ) -> None:
-        if not isinstance(process, Process):
+        super().__init__(process)
+        if not callable(network):
             raise InvalidInputError(
-                f"process must be a fewstep process such as fewstep.process.vp_linear(), got {process!r}"
+                f"network must be a callable (x, t, **conditions), got {network!r}"
             )
         self.network = network
-        self.process = process
-        self.parameterisation = Parameterisation(predicts)
-        self.conditions = dict(conditions or {})
+        self._parameterisation = Parameterisation(predicts)
+        self._conditions = dict(conditions or {})
+        _check_names(network, self._conditions)
+
+    @property
+    def parameterisation(self) -> Parameterisation:
+        """How the network's output gives the estimate."""
+        return self._parameterisation
 
     @property
     def predicts(self) -> str:
         """What the network's output means."""
-        assert self.parameterisation is not None
-        return self.parameterisation.predicts
+        return self._parameterisation.predicts
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """Keyword arguments that the network is called with."""
+        return self._conditions
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where a torch module's weights are."""
+        weight = self._first_weight()
+        return None if weight is None else weight.device
 
     def __call__(self, x: Tensor, level: Level) -> Tensor:
-        """Estimate x_0.
-
-        Args:
-            x: The point, shape (B, ...), float32 or float64.
-            level: Its noise level.
-
-        Returns:
-            The estimate, in x's shape and type.
-        """
-        assert self.parameterisation is not None
-        skip, out = self.parameterisation.skip_out(level)
+        """Estimate x_0; see `BaseDenoiser`."""
+        skip, out = self._parameterisation.skip_out(level)
         return skip * x + out * self.output(x, level)
 
     def output(self, x: Tensor, level: Level) -> Tensor:
         """The network's own output at a point, in x's shape and type; the network runs in its own type."""
-        assert self.parameterisation is not None
-        scale = self.parameterisation.input_scale(level)
+        scale = self._parameterisation.input_scale(level)
         inputs = x if scale == 1.0 else x * scale
-        dtype = self._dtype
-        if dtype is not None and dtype != x.dtype:
-            inputs = inputs.to(dtype)
-        time_dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        t = torch.full(
-            (x.shape[0],), self.parameterisation.time(level), dtype=time_dtype, device=x.device
+        weight = self._first_weight()
+        if weight is not None and weight.dtype != x.dtype:
+            inputs = inputs.to(weight.dtype)
+        # Times never go below float32: bfloat16 does not tell 999 from 1000.
+        t = x.new_full(
+            (x.shape[0],),
+            self._parameterisation.time(level),
+            dtype=torch.float64 if inputs.dtype == torch.float64 else torch.float32,
         )
-        output = self.network(inputs, t, **self.conditions)
-        if output.shape != x.shape:
+        output = self.network(inputs, t, **self._conditions)
+        if not isinstance(output, Tensor) or output.shape != x.shape:
             output = _without_variance(output, x)
         return output if output.dtype == x.dtype else output.to(x.dtype)
 
     def with_conditions(self, **conditions: Any) -> Self:
-        """The same denoiser with these conditions added."""
+        """The same denoiser with these conditions added; this one stays as it is.
+
+        Raises:
+            UnknownNameError: If the network takes no condition of that name.
+        """
+        _check_names(self.network, conditions.keys() - self._conditions.keys())
         new = copy.copy(self)
-        new.conditions = {**self.conditions, **conditions}
+        new._conditions = {**self._conditions, **conditions}
         return new
 
-    def for_run(self) -> Self:
-        """The denoiser to use for one run of a Plan; one that remembers earlier calls returns a fresh copy."""
-        return self
-
-    @property
-    def _dtype(self) -> torch.dtype | None:
-        """The type a torch module computes in."""
+    def _first_weight(self) -> Tensor | None:
+        """The first floating-point weight of a torch module: it tells the module's type and device."""
         if not isinstance(self.network, nn.Module):
             return None
-        if "dtype" not in self.__dict__:
-            floating = (p.dtype for p in self.network.parameters() if p.is_floating_point())
-            self.__dict__["dtype"] = next(floating, None)
-        return self.__dict__["dtype"]
+        return next((p for p in self.network.parameters() if p.is_floating_point()), None)
 
 
-def _without_variance(output: Tensor, x: Tensor) -> Tensor:
-    doubled = (x.shape[0], 2 * x.shape[1], *x.shape[2:]) if x.ndim > 1 else ()
-    if output.shape != doubled:
+def _without_variance(output: object, x: Tensor) -> Tensor:
+    """The first half of a learned-variance network's doubled channels."""
+    if not isinstance(output, Tensor):
+        raise InvalidInputError(
+            f"the network gave a {type(output).__name__} instead of a tensor; wrap it so that it gives the tensor, "
+            "such as lambda x, t, **conditions: network(x, t, **conditions).sample"
+        )
+    if x.ndim < 2 or output.shape != (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
         raise InvalidInputError(
             f"the network gave the shape {tuple(output.shape)} for an input of shape {tuple(x.shape)}; "
             "it must give the same shape, or twice the channels (learned variance)"
@@ -124,37 +133,18 @@ def _without_variance(output: Tensor, x: Tensor) -> Tensor:
     return output[:, : x.shape[1]]
 
 
-class Wrapper(Denoiser):
-    """A Denoiser around a Denoiser, whose estimate is not linear in one network output."""
-
-    parameterisation = None
-
-    def __init__(self, inner: Denoiser) -> None:
-        self.inner = inner
-        self.process = inner.process
-        self.network = inner.network
-        self.passes = inner.passes
-
-    @property
-    def predicts(self) -> str:
-        """What the innermost network's output means."""
-        return self.inner.predicts
-
-    @property
-    def conditions(self) -> dict[str, Any]:  # type: ignore[override]
-        """The conditions of the inner denoiser."""
-        return self.inner.conditions
-
-    def with_conditions(self, **conditions: Any) -> Self:
-        """The same wrapper around the inner denoiser with these conditions."""
-        return self._around(self.inner.with_conditions(**conditions))
-
-    def for_run(self) -> Self:
-        """The wrapper around the inner denoiser's copy for a run."""
-        inner = self.inner.for_run()
-        return self if inner is self.inner else self._around(inner)
-
-    def _around(self, inner: Denoiser) -> Self:
-        new = copy.copy(self)
-        new.inner = inner
-        return new
+def _check_names(network: Callable[..., Tensor], names: Iterable[str]) -> None:
+    """Refuse a condition that the network's signature does not know, before it is called."""
+    function = network.forward if isinstance(network, nn.Module) else network
+    try:
+        parameters = list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # some callables have no signature to read
+        return
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters):
+        return
+    known = [p.name for p in parameters[2:] if p.kind is not inspect.Parameter.VAR_POSITIONAL]
+    for name in names:
+        if name not in known:
+            raise unknown_name(
+                "condition", name, known, "Known are the network's arguments after x and t"
+            )

@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from fewstep.denoisers.denoiser import Denoiser, Wrapper
+from fewstep.denoisers.base import BaseDenoiser, Wrapper
 from fewstep.errors import InvalidInputError
 from fewstep.process import Level
 
@@ -23,20 +23,40 @@ Interval = tuple[float, float]
 class Projection:
     """Adaptive projected guidance: soften the part of the push that only saturates.
 
-    The push `D_strong - D_weak` gets a momentum over the calls, is shortened to at most `limit`, and its part parallel
-    to D_strong is scaled by `parallel`.
+    The push `D_strong - D_weak` gets a momentum over the calls of a run, is shortened to at most `limit`, and its part
+    parallel to D_strong is scaled by `parallel`.
+
+    Args:
+        parallel: Factor on the parallel part; 1 leaves the push as it is.
+        limit: Largest Euclidean length of the push for each image, > 0; inf for none.
+        momentum: Weight of the earlier pushes, in (-1, 1); negative values damp them.
+
+    Raises:
+        InvalidInputError: If a number is out of range.
 
     Source: Sadat, Hilliges, Weber 2024, arXiv 2410.02416.
-
-    Attributes:
-        parallel: Factor on the parallel part; 1 leaves the push as it is.
-        limit: Largest Euclidean length of the push for each image; inf for none.
-        momentum: Weight of the earlier pushes; negative values damp them.
     """
 
     parallel: float = 0.0
     limit: float = math.inf
     momentum: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.parallel):
+            raise InvalidInputError(f"projection parallel={self.parallel} must be a finite number")
+        if not self.limit > 0:
+            raise InvalidInputError(f"projection limit={self.limit} must be above 0; inf is none")
+        if not -1 < self.momentum < 1:
+            raise InvalidInputError(
+                f"projection momentum={self.momentum} must be in (-1, 1); -0.5 is usual"
+            )
+
+
+@dataclass
+class _Memory:
+    """What one run of a Plan remembers: the last push, momentum included."""
+
+    push: Tensor | None = None
 
 
 class Guided(Wrapper):
@@ -57,7 +77,7 @@ class Guided(Wrapper):
 
     def __init__(
         self,
-        strong: Denoiser,
+        strong: BaseDenoiser,
         scale: float,
         interval: Interval | None = None,
         rescale: float = 0.0,
@@ -74,18 +94,23 @@ class Guided(Wrapper):
             raise InvalidInputError(
                 f"guidance interval={interval} must be (low, high) in sigma/alpha with 0 <= low < high"
             )
-        self.scale, self.interval, self.rescale, self.projection = (
-            scale,
-            interval,
-            rescale,
-            projection,
-        )
-        self.passes = 1 if scale == 1 else 2
-        self._push: Tensor | None = None
+        self.scale, self.interval = scale, interval
+        self.rescale, self.projection = rescale, projection
+        self._memory: _Memory | None = None
 
     @abstractmethod
     def pair(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """The strong and the weak estimate."""
+
+    @property
+    @abstractmethod
+    def weak_passes(self) -> int:
+        """Network passes for the weak estimate."""
+
+    @property
+    def passes(self) -> int:
+        """Network passes of one picture for one estimate inside the interval."""
+        return self.inner.passes + (0 if self.scale == 1 else self.weak_passes)
 
     def __call__(self, x: Tensor, level: Level) -> Tensor:
         """The guided estimate, in x's shape."""
@@ -104,25 +129,25 @@ class Guided(Wrapper):
         if self.projection is None or not self.projection.momentum:
             return new
         new = copy.copy(new)
-        new._push = None
+        new._memory = _Memory()
         return new
 
     def _acts(self, level: Level) -> bool:
         return self.interval is None or self.interval[0] < level.ratio <= self.interval[1]
 
     def _projected(self, push: Tensor, strong: Tensor, projection: Projection) -> Tensor:
-        if projection.momentum:
-            push = push if self._push is None else push + projection.momentum * self._push
-            self._push = push
-        each = tuple(range(1, push.ndim))
+        if self._memory is not None:
+            if self._memory.push is not None:
+                push = push + projection.momentum * self._memory.push
+            self._memory.push = push
+        shape = push.shape
+        push, strong = _rows(push), _rows(strong)
         if math.isfinite(projection.limit):
-            length = push.square().sum(each, keepdim=True).sqrt()
-            push = push * (projection.limit / length.clamp(min=1e-12)).clamp(max=1)
-        along = (push * strong).sum(each, keepdim=True) / strong.square().sum(
-            each, keepdim=True
-        ).clamp(min=1e-12)
-        parallel = along * strong
-        return push - parallel + projection.parallel * parallel
+            length = push.norm(dim=1, keepdim=True).clamp(min=_TINY)
+            push = push * (projection.limit / length).clamp(max=1)
+        along = (push * strong).sum(1, keepdim=True)
+        parallel = along / strong.square().sum(1, keepdim=True).clamp(min=_TINY) * strong
+        return (push + (projection.parallel - 1) * parallel).view(shape)
 
 
 class ClassifierFree(Guided):
@@ -131,32 +156,48 @@ class ClassifierFree(Guided):
     Args:
         denoiser: A denoiser with its conditions bound.
         scale: Strength; 1 is off, and then there is no second pass.
-        null: The conditions that mean "none", by name; each replaces the denoiser's condition of that name.
+        null: The conditions that mean "none", by name; each replaces the denoiser's condition of that name, a tensor.
+            Its shape may be anything that broadcasts to the condition's, such as () for labels of shape (B,).
         options: `interval`, `rescale`, `projection` as for `Guided`.
+
+    Raises:
+        InvalidInputError: If a number is out of range, or null does not fit the conditions.
 
     Source: Ho, Salimans 2022, arXiv 2207.12598 (whose w is scale - 1).
     """
 
     def __init__(
-        self, denoiser: Denoiser, scale: float, null: Mapping[str, Any], **options: Any
+        self, denoiser: BaseDenoiser, scale: float, null: Mapping[str, Any], **options: Any
     ) -> None:
         super().__init__(denoiser, scale, **options)
-        if missing := set(null) - set(denoiser.conditions):
+        if not null:
             raise InvalidInputError(
-                f"the null condition {sorted(missing)[0]!r} has no counterpart; bind it first with with_conditions(...)"
+                'null names no condition, so there is nothing to push away from; give one, such as {"labels": 10}'
             )
+        for name, value in null.items():
+            if name not in denoiser.conditions:
+                raise InvalidInputError(
+                    f"the null condition {name!r} has no counterpart; bind it first with with_conditions(...)"
+                )
+            _replaced(name, denoiser.conditions[name], value)
         self.null = dict(null)
+
+    @property
+    def weak_passes(self) -> int:
+        """As many as for the strong estimate."""
+        return self.inner.passes
 
     def pair(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """The conditional and the unconditional estimate."""
-        conditions = self.inner.conditions
         both = {
             name: torch.cat(
-                [value, torch.as_tensor(self.null.get(name, value)).to(value).expand_as(value)]
+                [
+                    _per_image(value, x),
+                    _per_image(_replaced(name, value, self.null.get(name, value)), x),
+                ]
             )
-            if isinstance(value, Tensor)
-            else value
-            for name, value in conditions.items()
+            for name, value in self.inner.conditions.items()
+            if isinstance(value, Tensor) and value.ndim
         }
         strong, weak = self.inner.with_conditions(**both)(torch.cat([x, x]), level).chunk(2)
         return strong, weak
@@ -171,12 +212,27 @@ class AutoGuided(Guided):
         scale: Strength; 1 is off.
         options: `interval`, `rescale`, `projection` as for `Guided`.
 
+    Raises:
+        InvalidInputError: If a number is out of range, or the models have different processes.
+
     Source: Karras et al. 2024, arXiv 2406.02507.
     """
 
-    def __init__(self, denoiser: Denoiser, weak: Denoiser, scale: float, **options: Any) -> None:
+    def __init__(
+        self, denoiser: BaseDenoiser, weak: BaseDenoiser, scale: float, **options: Any
+    ) -> None:
         super().__init__(denoiser, scale, **options)
+        if weak.process != denoiser.process:
+            raise InvalidInputError(
+                f"the weak model has the process {weak.process}, the strong one {denoiser.process}; "
+                "take two models of one process"
+            )
         self.weak = weak
+
+    @property
+    def weak_passes(self) -> int:
+        """The weaker model's."""
+        return self.weak.passes
 
     def pair(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """The model's estimate and the weaker model's."""
@@ -184,12 +240,54 @@ class AutoGuided(Guided):
 
     def with_conditions(self, **conditions: Any) -> Self:
         """Both models with these conditions."""
-        new = super().with_conditions(**conditions)
-        new.weak = self.weak.with_conditions(**conditions)
+        return (
+            super().with_conditions(**conditions)._against(self.weak.with_conditions(**conditions))
+        )
+
+    def for_run(self) -> Self:
+        """Both models' copies for a run."""
+        return super().for_run()._against(self.weak.for_run())
+
+    def _against(self, weak: BaseDenoiser) -> Self:
+        if weak is self.weak:
+            return self
+        new = copy.copy(self)
+        new.weak = weak
         return new
 
 
+_TINY = 1e-12
+"""Below any length that matters, and above zero: keeps 0 / 0 away."""
+
+
+def _replaced(name: str, value: Any, null: Any) -> Tensor:
+    """The null condition in the shape, type and place of the condition that it replaces."""
+    if not isinstance(value, Tensor) or not value.ndim:
+        raise InvalidInputError(
+            f"the condition {name!r} is {value!r}; to be replaced by null it must be a tensor with the batch as first "
+            "dimension"
+        )
+    none = torch.as_tensor(null).to(value)
+    try:
+        return none.expand_as(value)
+    except RuntimeError as error:
+        raise InvalidInputError(
+            f"the null condition {name!r} of shape {tuple(none.shape)} does not broadcast to the condition's shape "
+            f"{tuple(value.shape)}"
+        ) from error
+
+
+def _per_image(value: Tensor, x: Tensor) -> Tensor:
+    """A condition that is one for all images, repeated for each."""
+    return value.expand(len(x), *value.shape[1:]) if len(value) == 1 else value
+
+
+def _rows(x: Tensor) -> Tensor:
+    """Each image as one row, shape (B, size)."""
+    return x.reshape(len(x), -1)
+
+
 def _with_std_of(reference: Tensor, x: Tensor, share: float) -> Tensor:
-    each = tuple(range(1, x.ndim))
-    factor = reference.std(each, keepdim=True) / x.std(each, keepdim=True).clamp(min=1e-12)
-    return x * (share * factor + (1 - share))
+    wanted, present = (_rows(v).std(1, correction=0) for v in (reference, x))
+    factor = share * wanted / present.clamp(min=_TINY) + (1 - share)
+    return x * factor.view(-1, *(1,) * (x.ndim - 1))

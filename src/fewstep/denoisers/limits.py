@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
-from fewstep.denoisers.denoiser import Denoiser, Wrapper
+from fewstep.denoisers.base import BaseDenoiser, Wrapper
 from fewstep.errors import InvalidInputError
 from fewstep.process import Level
 
@@ -17,10 +19,13 @@ class Clipped(Wrapper):
         low: Smallest value.
         high: Largest value, > low.
 
+    Raises:
+        InvalidInputError: If the range is empty.
+
     Source: Ho, Jain, Abbeel 2020, arXiv 2006.11239 (their sampling code).
     """
 
-    def __init__(self, denoiser: Denoiser, low: float = -1.0, high: float = 1.0) -> None:
+    def __init__(self, denoiser: BaseDenoiser, low: float = -1.0, high: float = 1.0) -> None:
         super().__init__(denoiser)
         if not low < high:
             raise InvalidInputError(
@@ -36,16 +41,21 @@ class Clipped(Wrapper):
 class DynamicThreshold(Wrapper):
     """Clip each image at its own quantile of `|D|` and scale it back to [-1, 1], where that quantile exceeds 1.
 
+    With `s = min(max(quantile, 1), ceiling)`: `min(max(D, -s), s) / s`.
+
     Args:
         denoiser: The denoiser.
         quantile: Share of pixels that stay unclipped, in (0, 1].
-        ceiling: Largest threshold, >= 1.
+        ceiling: Largest threshold s, >= 1; at 1 this is `Clipped`.
+
+    Raises:
+        InvalidInputError: If a number is out of range.
 
     Source: Saharia et al. 2022, arXiv 2205.11487, section 2.3.
     """
 
     def __init__(
-        self, denoiser: Denoiser, quantile: float = 0.995, ceiling: float = float("inf")
+        self, denoiser: BaseDenoiser, quantile: float = 0.995, ceiling: float = math.inf
     ) -> None:
         super().__init__(denoiser)
         if not 0 < quantile <= 1:
@@ -55,8 +65,9 @@ class DynamicThreshold(Wrapper):
         self.quantile, self.ceiling = quantile, ceiling
 
     def __call__(self, x: Tensor, level: Level) -> Tensor:
-        """The thresholded estimate, inside [-1, 1] for ceiling = inf."""
+        """The thresholded estimate, inside [-1, 1]."""
         denoised = self.inner(x, level)
-        limit = denoised.flatten(1).abs().quantile(self.quantile, dim=1).clamp(1.0, self.ceiling)
-        limit = limit.view(-1, *(1,) * (x.ndim - 1))
+        rows = denoised.reshape(len(denoised), -1)
+        limit = rows.abs().quantile(self.quantile, dim=1).clamp(1.0, self.ceiling)
+        limit = limit.view(-1, *(1,) * (denoised.ndim - 1))
         return denoised.clamp(-limit, limit) / limit

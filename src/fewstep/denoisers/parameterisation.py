@@ -1,7 +1,8 @@
 """What a network predicts, and how that gives the estimate of x_0.
 
-Each kind is one pair (skip, out) with `D = skip x + out F` on the level `x = alpha x_0 + sigma noise`, F the network's
-output. Everything else follows from the pair: the training target is the F for which D is x_0.
+Each kind is one pair (a, b): a perfect network's output is `F = a x_0 + b noise` on the level
+`x = alpha x_0 + sigma noise`. Solving the two equations for x_0 gives the estimate `D = skip x + out F` with
+`skip = b / d`, `out = -sigma / d`, `d = alpha b - sigma a`.
 """
 
 from __future__ import annotations
@@ -11,41 +12,46 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fewstep.errors import InvalidInputError, unknown_name
 from fewstep.process import Level
-
-SkipOut = Callable[[Any, Any], tuple[Any, Any]]
 
 SIGMA_DATA = 0.5
 """Standard deviation of the data that EDM networks are preconditioned for."""
 
 
 def _edm(alpha: Any, sigma: Any) -> tuple[Any, Any]:
-    total = (SIGMA_DATA * alpha) ** 2 + sigma**2
-    return SIGMA_DATA**2 * alpha / total, sigma * SIGMA_DATA / total**0.5
+    norm = ((SIGMA_DATA * alpha) ** 2 + sigma**2) ** 0.5
+    return sigma / (SIGMA_DATA * norm), -SIGMA_DATA * alpha / norm
 
 
-SKIP_OUT: dict[str, SkipOut] = {
-    "noise": lambda alpha, sigma: (1 / alpha, -sigma / alpha),
-    "data": lambda alpha, sigma: (0.0 * alpha, 1.0 + 0.0 * sigma),
-    "velocity": lambda alpha, sigma: (
-        alpha / (alpha**2 + sigma**2),
-        -sigma / (alpha**2 + sigma**2),
-    ),
-    "flow": lambda alpha, sigma: (1 / (alpha + sigma), -sigma / (alpha + sigma)),
-    "score": lambda alpha, sigma: (1 / alpha, sigma**2 / alpha),
+TARGETS: dict[str, Callable[[Any, Any], tuple[Any, Any]]] = {
+    "noise": lambda alpha, sigma: (0.0, 1.0),
+    "data": lambda alpha, sigma: (1.0, 0.0),
+    "velocity": lambda alpha, sigma: (-sigma, alpha),
+    "flow": lambda alpha, sigma: (-1.0, 1.0),
+    "score": lambda alpha, sigma: (0.0, -1 / sigma),
     "edm": _edm,
 }
-"""The pair (skip, out) of each kind: noise `eps`; data `x_0`; velocity `alpha eps - sigma x_0` (Salimans, Ho 2022,
+"""The pair (a, b) of each kind: noise `eps`; data `x_0`; velocity `alpha eps - sigma x_0` (Salimans, Ho 2022,
 arXiv 2202.00512); flow `eps - x_0` (Liu et al. 2022, arXiv 2209.03003); score `-eps / sigma` (Song et al. 2021,
-arXiv 2011.13456); edm, the preconditioned network of Karras et al. 2022, arXiv 2206.00364, table 1."""
+arXiv 2011.13456); edm, `(x_0 - c_skip x) / c_out` of Karras et al. 2022, arXiv 2206.00364, table 1, on `x / alpha`."""
+
+SILENT_AT_PURE_NOISE = ("noise", "score", "edm")
+"""Kinds that cannot be asked where alpha = 0: the output does not determine x_0, or the network's time is infinite."""
 
 
 @dataclass(frozen=True)
 class Parameterisation:
     """The kind of a network's prediction, as numbers at a level.
+
+    Args:
+        predicts: "noise", "data", "velocity", "flow", "score" or "edm"; `TARGETS` says what each means.
+
+    Raises:
+        UnknownNameError: If there is no such prediction.
 
     >>> Parameterisation("noise").skip_out(Level(0.0, 0.8, 0.6))
     (1.25, -0.7499999999999999)
@@ -54,9 +60,9 @@ class Parameterisation:
     predicts: str
 
     def __post_init__(self) -> None:
-        if self.predicts not in SKIP_OUT:
+        if self.predicts not in TARGETS:
             raise unknown_name(
-                "prediction", self.predicts, SKIP_OUT, "It says what the network's output means"
+                "prediction", self.predicts, TARGETS, "It says what the network's output means"
             )
 
     def skip_out(self, level: Level) -> tuple[float, float]:
@@ -65,12 +71,19 @@ class Parameterisation:
         Raises:
             InvalidInputError: If the output does not determine x_0 at this level.
         """
-        if level.is_pure_noise and self.predicts in ("noise", "score"):
+        if level.is_clean:
+            raise InvalidInputError(
+                f"level {level} is clean: x is alpha x_0 there and needs no network; "
+                "ask at a level with sigma > 0"
+            )
+        if level.is_pure_noise and self.predicts in SILENT_AT_PURE_NOISE:
             raise InvalidInputError(
                 f"a network that predicts {self.predicts} says nothing about the data at level {level}; "
                 "start from a level with alpha > 0, or use a network that predicts velocity, flow or data"
             )
-        return SKIP_OUT[self.predicts](level.alpha, level.sigma)
+        a, b = TARGETS[self.predicts](level.alpha, level.sigma)
+        determinant = level.alpha * b - level.sigma * a
+        return b / determinant, -level.sigma / determinant
 
     def input_scale(self, level: Level) -> float:
         """What x is multiplied with before the network sees it."""
@@ -86,19 +99,24 @@ class Parameterisation:
 def training_target(
     predicts: str, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor
 ) -> Tensor:
-    """The output that a perfect network would give: the F with `skip x + out F = x_0`.
+    """The output of a perfect network, `a x_0 + b noise`: the F with `skip x + out F = x_0`.
 
     Args:
-        predicts: Kind of prediction.
+        predicts: Kind of prediction, see `TARGETS`.
         x0: Data, shape (B, ...).
         noise: Standard normal, the shape of x0.
         alpha: Weights of the data in float64, shape broadcastable to x0.
-        sigma: Weights of the noise, likewise.
+        sigma: Weights of the noise, > 0, likewise.
 
     Returns:
         The target, in x0's shape and type.
+
+    Raises:
+        UnknownNameError: If there is no such prediction.
+
+    >>> one, alpha, sigma = torch.ones(1), torch.tensor([0.8]), torch.tensor([0.6])
+    >>> training_target("velocity", 3 * one, 2 * one, alpha, sigma)
+    tensor([-0.2000])
     """
-    Parameterisation(predicts)
-    skip, out = SKIP_OUT[predicts](alpha, sigma)
-    on_x0, on_noise = (1 - skip * alpha) / out, -skip * sigma / out
-    return on_x0.to(x0) * x0 + on_noise.to(x0) * noise
+    a, b = TARGETS[Parameterisation(predicts).predicts](alpha, sigma)
+    return torch.as_tensor(a).to(x0) * x0 + torch.as_tensor(b).to(x0) * noise

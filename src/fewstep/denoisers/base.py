@@ -1,0 +1,159 @@
+"""What every denoiser can do."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from fewstep.denoisers.parameterisation import Parameterisation
+from fewstep.errors import InvalidInputError
+from fewstep.process import Level, Process
+
+
+class BaseDenoiser(ABC):
+    """An estimator `denoiser(x, level) -> x_0` on a forward process; it holds no state between calls.
+
+    Networks (`Denoiser`), wrappers around other denoisers (`Wrapper`) and closed forms (`exact`) have this in common.
+
+    Args:
+        process: The forward process.
+
+    Raises:
+        InvalidInputError: If that is no process.
+    """
+
+    def __init__(self, process: Process) -> None:
+        if not isinstance(process, Process):
+            raise InvalidInputError(
+                f"process must be a fewstep process such as fewstep.process.vp_linear(), got {process!r}"
+            )
+        self.process = process
+
+    @abstractmethod
+    def __call__(self, x: Tensor, level: Level) -> Tensor:
+        """Estimate x_0.
+
+        Args:
+            x: The point, shape (B, ...), float32 or float64.
+            level: Its noise level.
+
+        Returns:
+            The estimate, in x's shape and type.
+        """
+
+    @property
+    def parameterisation(self) -> Parameterisation | None:
+        """How one network output gives the estimate; None where the estimate is not linear in a single output."""
+        return None
+
+    @property
+    def passes(self) -> int:
+        """Network passes of one picture for one estimate; 2 where guidance evaluates a second one."""
+        return 1
+
+    @property
+    def name(self) -> str:
+        """What to call it in the record of a picture."""
+        return type(self).__name__
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Shape of one picture, where that is known."""
+        return None
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes, whose labels are 0..num_classes-1, num_classes meaning none; None if not known."""
+        return None
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where x has to be; None for anywhere."""
+        return None
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """What the estimate is conditioned on, by name; tensors have the batch as first dimension."""
+        return {}
+
+    def with_conditions(self, **conditions: Any) -> Self:
+        """The same denoiser with these conditions added.
+
+        Raises:
+            InvalidInputError: If it takes no conditions of these names.
+        """
+        if conditions:
+            raise InvalidInputError(
+                f"{self.name} takes no conditions, got {', '.join(conditions)}; leave them out"
+            )
+        return self
+
+    def for_run(self) -> Self:
+        """The denoiser to use for one run of a Plan; one that remembers earlier calls returns a fresh copy."""
+        return self
+
+
+class Wrapper(BaseDenoiser):
+    """A denoiser around a denoiser, such as guidance or clipping; what it does not change is that of the inner one.
+
+    Args:
+        inner: The denoiser.
+    """
+
+    def __init__(self, inner: BaseDenoiser) -> None:
+        if not isinstance(inner, BaseDenoiser):
+            raise InvalidInputError(
+                f"{type(self).__name__} goes around a denoiser, got {type(inner).__name__}; "
+                "wrap a network first: fewstep.Denoiser(network, process, predicts)"
+            )
+        super().__init__(inner.process)
+        self.inner = inner
+
+    @property
+    def passes(self) -> int:
+        """Network passes of the inner denoiser."""
+        return self.inner.passes
+
+    @property
+    def name(self) -> str:
+        """Both names."""
+        return f"{type(self).__name__}({self.inner.name})"
+
+    @property
+    def shape(self) -> tuple[int, ...] | None:
+        """Shape of the inner denoiser's pictures."""
+        return self.inner.shape
+
+    @property
+    def num_classes(self) -> int | None:
+        """Number of classes of the inner denoiser."""
+        return self.inner.num_classes
+
+    @property
+    def device(self) -> torch.device | None:
+        """Where the inner denoiser is."""
+        return self.inner.device
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        """The conditions of the inner denoiser."""
+        return self.inner.conditions
+
+    def with_conditions(self, **conditions: Any) -> Self:
+        """The same wrapper around the inner denoiser with these conditions."""
+        return self._around(self.inner.with_conditions(**conditions))
+
+    def for_run(self) -> Self:
+        """The wrapper around the inner denoiser's copy for a run."""
+        return self._around(self.inner.for_run())
+
+    def _around(self, inner: BaseDenoiser) -> Self:
+        if inner is self.inner:
+            return self
+        new = copy.copy(self)
+        new.inner = inner
+        return new
