@@ -175,7 +175,7 @@ class _Guard:
                 continue
             if isinstance(what, Draw):
                 stretch = f"from level {what.start} to {what.end}"
-                return f"the noise after call {call}, {stretch}, {_FAULT}; check its source"
+                return f"the noise drawn after call {call}, {stretch}, {_FAULT}; check the noise source"
             place = f"at call {call} of {self.plan.calls}, level {what.level}"
             return f"the network's output {place}, {_FAULT}; {_REMEDY}"
         if not self.recent:
