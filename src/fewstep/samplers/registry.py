@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fewstep.errors import InvalidInputError
 from fewstep.plan import Plan, Vector, trace
 from fewstep.registry import Entry, Registry
 from fewstep.schedulers import Grid
@@ -62,6 +63,11 @@ def plan(sampler: str | Callable[..., Vector], grid: Grid, **options: Any) -> Pl
     >>> print(fs.plan("unipc", fs.schedulers.karras(fs.process.edm(), steps=8), order=3))
     unipc/karras-8: 8 network calls, 0 noise draws
     """
+    if not isinstance(grid, Grid):
+        raise InvalidInputError(
+            f"grid must be a fewstep.Grid, got {type(grid).__name__}; make one with a scheduler such as "
+            "fewstep.schedulers.karras(process, steps), or with Grid.from_ratios(process, [...])"
+        )
     if callable(sampler):
         return trace(sampler, grid, getattr(sampler, "__name__", "custom"), **options)
     entry = SAMPLERS.find(sampler)

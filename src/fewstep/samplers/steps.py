@@ -68,8 +68,9 @@ def renoised(
 def exponential_moments(h: float, count: int) -> list[float]:
     """`I_k(h) = h int_0^1 e^(-h (1 - u)) u^k du` for k = 0..count-1, the weights of an exponential integrator.
 
-    `I_0 = 1 - e^-h`, `I_k = 1 - (k / h) I_{k-1}`, and all are 1 at h = inf. The recursion cancels for small h, where the
-    series `k! h sum_m (-h)^m / (m + k + 1)!` is summed instead. In terms of the phi functions, `I_k = k! h phi_{k+1}(-h)`.
+    `I_0 = 1 - e^-h`, `I_k = 1 - (k / h) I_{k-1}`, and all are 1 at h = inf. The recursion cancels for small h, where
+    the series `k! h sum_m (-h)^m / (m + k + 1)!` is summed instead. In terms of the phi functions,
+    `I_k = k! h phi_{k+1}(-h)`.
 
     Source: Hochbruck, Ostermann 2010, Acta Numerica 19, section 2.
 
