@@ -80,7 +80,7 @@ def _figures(model: Model, data: str) -> dict[str, float]:
 def _plot_loss(log: list[dict[str, float]], path: Path) -> None:
     figure, axes = plt.subplots(figsize=(7, 3.2), layout="constrained")
     axes.loglog([r["step"] for r in log], [r["loss"] for r in log], linewidth=0.8)
-    axes.set(xlabel="step", ylabel="noise-prediction loss", title="digits: training loss")
+    axes.set(xlabel="step", ylabel="loss", title="digits: training loss")
     axes.grid(alpha=0.3, which="both")
     figure.savefig(path, dpi=110)
 
@@ -122,8 +122,8 @@ fs.sample(fs.load("digits"), n=4, labels=7, steps=10).save("sevens.png")
 
 ## Figures
 
-All with the float16 weights as shipped; {IMAGES:,} samples by DDIM in {CALLS} network calls, guidance 1, seeds 0..{IMAGES - 1}.
-Digits are read, and distances measured, by the bundled `mnist-classifier`.
+All with the float16 weights as shipped; {IMAGES:,} samples by DDIM in {CALLS} network calls, guidance 1,
+seeds 0..{IMAGES - 1}. Digits are read, and distances measured, by the bundled `mnist-classifier`.
 
 | figure | value |
 | --- | --- |
@@ -141,8 +141,8 @@ Fréchet distances fall as the number of images grows; compare equal numbers onl
 ```
 
 - Data: MNIST's 60,000 training images.
-- {training["step"]:,} steps of {training["settings"]["batch_size"]} images, {training["images_seen"] / 60000:.1f} passes over the data;
-  {training["seconds"] / 60:.0f} minutes on {arguments.hardware}, beside other work.
+- {training["step"]:,} steps of {training["settings"]["batch_size"]} images, {training["images_seen"] / 60000:.1f}
+  passes over the data; {training["seconds"] / 60:.0f} minutes on {arguments.hardware}, beside other work.
 - One in ten labels is dropped in training, so classifier-free guidance works; label 10 is "none".
 
 | step | loss (mean of the ten records before) |
@@ -156,9 +156,9 @@ Fréchet distances fall as the number of images grows; compare equal numbers onl
 
 ## Licence and attribution
 
-Trained on the MNIST database of handwritten digits by Yann LeCun, Corinna Cortes and Christopher J. C. Burges, licensed under
-[CC BY-SA 3.0](https://creativecommons.org/licenses/by-sa/3.0/). Method: Ho, Jain, Abbeel 2020, arXiv:2006.11239; distance:
-Heusel et al. 2017, arXiv:1706.08500.
+Trained on the MNIST database of handwritten digits by Yann LeCun, Corinna Cortes and Christopher J. C. Burges,
+licensed under [CC BY-SA 3.0](https://creativecommons.org/licenses/by-sa/3.0/). Sources: Ho, Jain, Abbeel 2020,
+arXiv:2006.11239; Salimans, Ho 2022, arXiv:2202.00512; Fréchet distance: Heusel et al. 2017, arXiv:1706.08500.
 """
 
 

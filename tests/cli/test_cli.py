@@ -30,7 +30,9 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with an untrained class-conditional model of 8x8 pictures."""
     config = ModelConfig(
-        network=UNetConfig(in_channels=1, channels=(16,), blocks=1, attention=(), num_classes=3, groups=4),
+        network=UNetConfig(
+            in_channels=1, channels=(16,), blocks=1, attention=(), num_classes=3, groups=4
+        ),
         process=fs.process.vp_linear().to_dict(),
         shape=(1, 8, 8),
         class_names=("ant", "bee", "cat"),
@@ -53,7 +55,10 @@ def test_sample_writes_a_picture_with_its_settings(tiny, tmp_path, monkeypatch, 
 
 
 def test_sample_writes_single_files_that_equal_the_seed_alone(tiny, tmp_path, monkeypatch):
-    assert run(monkeypatch, "sample", tiny, "--n", "3", "--steps", "3", "--out", f"{tmp_path}/all/") == 0
+    assert (
+        run(monkeypatch, "sample", tiny, "--n", "3", "--steps", "3", "--out", f"{tmp_path}/all/")
+        == 0
+    )
     words = ["--seed", "2", "--steps", "3", "--out", f"{tmp_path}/one/"]
     assert run(monkeypatch, "sample", tiny, *words) == 0
     third, alone = (
@@ -101,7 +106,9 @@ def test_options_of_sampler_and_scheduler_reach_the_plan(tiny, tmp_path, monkeyp
         (["--weights", "raw"], "no raw weights"),
     ],
 )
-def test_bad_input_is_one_line_with_the_remedy(tiny, tmp_path, monkeypatch, capsys, words, message):
+def test_bad_input_is_one_line_with_the_remedy(
+    tiny, tmp_path, monkeypatch, capsys, words, message
+):
     out = tmp_path / "never.png"
     status = run(monkeypatch, "sample", tiny, *words, "--out", str(out))
     error = capsys.readouterr().err
@@ -120,7 +127,9 @@ def test_truncated_weights_are_named(tiny, tmp_path, monkeypatch, capsys):
     broken = tmp_path / "broken"
     broken.mkdir()
     for file in Path(tiny).iterdir():
-        (broken / file.name).write_bytes(file.read_bytes()[: 200 if "safetensors" in file.name else None])
+        (broken / file.name).write_bytes(
+            file.read_bytes()[: 200 if "safetensors" in file.name else None]
+        )
     assert run(monkeypatch, "sample", str(broken)) == 1
     assert "model.safetensors" in capsys.readouterr().err
 
