@@ -55,27 +55,23 @@ class Option:
         """
         try:
             result = self._converted(value)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             result = None
-        legal = result is not None and (result in self.choices if self.choices else True)
-        if legal and self.kind in (int, float) and not self.choices:
-            legal = self.low <= result <= self.high
-        if not legal:
+        if result is None or not self._allows(result):
             raise InvalidInputError(
                 f"{owner}: {self.name}={value!r} is not {self.allowed} (default {self.default})"
             )
         return result
 
+    def _allows(self, value: Any) -> bool:
+        if self.choices:
+            return value in self.choices
+        return self.kind not in (int, float) or self.low <= value <= self.high
+
     def _converted(self, value: Any) -> Any:
         if self.kind is bool:
             names = {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}
-            return (
-                value
-                if isinstance(value, bool)
-                else names[str(value).lower()]
-                if str(value).lower() in names
-                else None
-            )
+            return names.get(str(value).lower())
         if self.kind is int and not isinstance(value, str) and int(value) != value:
             return None
         return self.kind(value)
@@ -141,12 +137,14 @@ class Registry(Generic[EntryT]):
             options=tuple(_options(function)),
             **metadata,
         )
-        for key in map(_key, (name, entry.title, *entry.aliases)):
-            if self._by_key.setdefault(key, entry) is not entry:
+        spellings = {_key(spelling): spelling for spelling in (name, entry.title, *entry.aliases)}
+        for key, spelling in spellings.items():
+            if key in self._by_key:
                 raise InvalidInputError(
-                    f"{self.kind} name {key!r} of {name} is taken by {self._by_key[key].name}"
+                    f"{self.kind} name {spelling!r} of {name} is taken by {self._by_key[key].name}; choose another"
                 )
         self._entries[name] = entry
+        self._by_key.update(dict.fromkeys(spellings, entry))
         return entry
 
     def find(self, name: str) -> EntryT:

@@ -49,7 +49,7 @@ def from_dict(config: Mapping[str, Any]) -> Process:
     """
     options = dict(config)
     name = options.pop("name", None)
-    if name not in PROCESSES:
+    if not isinstance(name, str) or name not in PROCESSES:
         raise unknown_name("process", name, PROCESSES)
     known = inspect.signature(PROCESSES[name]).parameters
     for option in options:
@@ -57,7 +57,9 @@ def from_dict(config: Mapping[str, Any]) -> Process:
             raise unknown_name(f"option of process {name}", option, known)
     try:
         return PROCESSES[name](**options)
-    except TypeError as error:
+    except InvalidInputError:
+        raise
+    except (TypeError, ValueError) as error:
         raise InvalidInputError(f"process {name}: {error}") from error
 
 

@@ -16,13 +16,20 @@ from fewstep.process.path import Path
 Number = TypeVar("Number", float, Tensor)
 
 
-def _as_double(value: float | Tensor) -> Tensor:
+def _as_double(value: float | list[float] | Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=torch.float64)
 
 
 def _like(value: float | Tensor, result: Tensor) -> Any:
     """A float for a float, a tensor for a tensor."""
-    return result if isinstance(value, Tensor) else float(result)
+    return result if isinstance(value, Tensor) or result.ndim else float(result)
+
+
+def _first(values: Tensor, bad: Tensor) -> float | None:
+    """The first bad value; on an accelerator nobody looks, because the answer would wait for the device."""
+    if values.device.type != "cpu" or not bad.any():
+        return None
+    return float(values[bad].flatten()[0])
 
 
 class Process(ABC):
@@ -51,6 +58,10 @@ class Process(ABC):
     def _log_snr(self, t: Tensor) -> Tensor:
         """log_snr for times in [t_min, t_max] or at the clean time."""
 
+    def _ratio(self, t: Tensor) -> Tensor:
+        """`sigma / alpha` for the same times."""
+        return (-self._log_snr(t)).exp()
+
     @abstractmethod
     def _time(self, log_snr: Tensor) -> Tensor:
         """Inverse of `_log_snr`, before it is held to the trained range."""
@@ -65,7 +76,7 @@ class Process(ABC):
 
     def ratio(self, t: Number) -> Number:
         """`sigma / alpha` at time t."""
-        return _like(t, (-self._log_snr(self._checked(t))).exp())
+        return _like(t, self._ratio(self._checked(t)))
 
     def alpha(self, t: Number) -> Number:
         """Weight of the data at time t."""
@@ -89,7 +100,7 @@ class Process(ABC):
         trained time, except that no noise at all gives `clean_time`.
 
         Raises:
-            InvalidInputError: Unless exactly one of the four is given.
+            InvalidInputError: Unless exactly one of the four is given, and it is one that a level can have.
 
         >>> from fewstep.process import vp_linear
         >>> vp_linear().time(log_snr=vp_linear().log_snr(400.25))
@@ -102,13 +113,19 @@ class Process(ABC):
                 f"time() takes exactly one of {', '.join(given)}; got {len(named)}"
             )
         name, value = named[0]
-        number = _as_double(value)
+        number = raw = _as_double(value)
         if name == "alpha":
             number = -self.path.ratio_of_alpha(number).log()
         elif name == "sigma":
             number = -self.path.ratio_of_sigma(number).log()
         elif name == "ratio":
             number = -number.log()
+        bad = _first(raw, number.isnan())
+        if bad is not None:
+            raise InvalidInputError(
+                f"no level of {self.name} has {name}={bad:g}; ratio and sigma are >= 0, alpha and sigma of "
+                "variance-preserving and flow processes in [0, 1]"
+            )
         trained = self._time(number).clamp(self.t_min, self.t_max)
         return _like(value, torch.where(number == math.inf, self.clean_time, trained))
 
@@ -124,19 +141,28 @@ class Process(ABC):
     def levels(self, times: list[float]) -> list[Level]:
         """The levels at several times."""
         t = _as_double(times)
-        columns = t.tolist(), self.alpha(t).tolist(), self.sigma(t).tolist()
-        return [Level(*row) for row in zip(*columns, strict=True)]
+        return self._levels(t, self.ratio(t))
 
     def levels_at(self, ratios: list[float]) -> list[Level]:
-        """The levels at given ratios `sigma / alpha`, in [0, inf], exactly as given; t is the nearest trained time."""
+        """The levels at given ratios `sigma / alpha`, in [0, inf], exactly as given; t is the nearest trained time.
+
+        Raises:
+            InvalidInputError: If a ratio is negative or not a number, or infinite where sigma would be so too.
+        """
         ratio = _as_double(ratios)
-        t = self.time(ratio=ratio)
-        columns = (
-            t.tolist(),
-            self.path.alpha_of(ratio).tolist(),
-            self.path.sigma_of(ratio).tolist(),
-        )
-        return [Level(*row) for row in zip(*columns, strict=True)]
+        bad = _first(ratio, ~(ratio >= 0) | self.path.sigma_of(ratio).isinf())
+        if bad is not None:
+            remedy = (
+                "its sigma would be infinite; start with a finite value"
+                if bad == math.inf
+                else "every value must be in [0, inf]"
+            )
+            raise InvalidInputError(f"sigma/alpha={bad:g} is not a level of {self.name}; {remedy}")
+        return self._levels(self.time(ratio=ratio), ratio)
+
+    def _levels(self, t: Tensor, ratio: Tensor) -> list[Level]:
+        columns = t, self.path.alpha_of(ratio), self.path.sigma_of(ratio)
+        return list(map(Level, *(column.tolist() for column in columns)))
 
     @property
     def noisiest(self) -> Level:
@@ -157,17 +183,32 @@ class Process(ABC):
         """Draw from `q(x_t | x_0)` in one jump: `alpha(t) x0 + sigma(t) noise`.
 
         Args:
-            x0: Data, shape (B, ...).
+            x0: Data, shape (B, ...), of a floating-point type.
             noise: Standard normal, the shape of x0.
             t: One time, or one for each image, shape (B,).
 
         Returns:
-            The noised data, in x0's shape and type.
+            The noised data, in x0's shape and type; computed in float32 or better.
+
+        Raises:
+            InvalidInputError: If x0 holds whole numbers, or the shapes do not fit.
         """
         times = _as_double(t)
+        if not x0.is_floating_point():
+            raise InvalidInputError(
+                f"x0 is of type {x0.dtype}; give floating-point images in [-1, 1], such as x0 / 127.5 - 1"
+            )
+        if noise.shape != x0.shape or times.shape not in (torch.Size(), x0.shape[:1]):
+            raise InvalidInputError(
+                f"shapes do not fit: x0 {tuple(x0.shape)}, noise {tuple(noise.shape)}, t {tuple(times.shape)}; "
+                "noise must have the shape of x0, and t be one number or one for each image"
+            )
+        kind = torch.promote_types(x0.dtype, torch.float32)
         shape = times.shape + (1,) * (x0.ndim - times.ndim) if times.ndim else ()
-        alpha, sigma = (f(times).to(x0).reshape(shape) for f in (self.alpha, self.sigma))
-        return alpha * x0 + sigma * noise
+        alpha, sigma = (
+            weight(times).to(x0.device, kind).reshape(shape) for weight in (self.alpha, self.sigma)
+        )
+        return (alpha * x0.to(kind) + sigma * noise.to(kind)).to(x0.dtype)
 
     def forward_kernel(self, t: float, s: float | None = None) -> Kernel:
         """`q(x_t | x_s)`; s defaults to the entry of the table before t. See `fewstep.process.forward_kernel`."""
@@ -203,14 +244,16 @@ class Process(ABC):
             f"{self.name} is continuous, so no time stands just before t={t:g}; give s"
         )
 
+    def _covers(self, t: Tensor) -> Tensor:
+        """Whether the formula holds at t; a continuous one holds below the trained times too, down to clean data."""
+        return (t >= self.clean_time) & (t <= self.t_max)
+
     def _checked(self, t: float | Tensor) -> Tensor:
         times = _as_double(t)
-        if times.device.type == "cpu":  # on an accelerator the check would wait for the device
-            low = min(self.clean_time, self.t_min) if math.isfinite(self.clean_time) else -math.inf
-            bad = ~((times >= low) & (times <= self.t_max))
-            if bad.any():
-                raise InvalidInputError(
-                    f"time {float(times[bad].flatten()[0]):g} is outside {self.name}'s range "
-                    f"{self.t_min:g}..{self.t_max:g} (clean: {self.clean_time:g})"
-                )
+        bad = _first(times, ~self._covers(times))
+        if bad is not None:
+            raise InvalidInputError(
+                f"time {bad:g} is outside {self.name}'s range {self.t_min:g}..{self.t_max:g} "
+                f"(clean: {self.clean_time:g})"
+            )
         return times

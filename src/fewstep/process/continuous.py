@@ -38,7 +38,8 @@ class ContinuousVP(Process):
         return (log_alpha_bar - (-torch.expm1(log_alpha_bar)).log()) / 2
 
     def _time(self, log_snr: Tensor) -> Tensor:
-        decay = softplus(-2 * log_snr, threshold=700.0)
+        at_end = self._rise / 2 + self._start
+        decay = softplus(-2 * log_snr, threshold=700.0).clamp(max=at_end)
         return 2 * decay / ((self._start**2 + 2 * self._rise * decay).sqrt() + self._start)
 
 
@@ -79,6 +80,9 @@ class EDM(Process):
     def _log_snr(self, t: Tensor) -> Tensor:
         return -t.log()
 
+    def _ratio(self, t: Tensor) -> Tensor:
+        return t
+
     def _time(self, log_snr: Tensor) -> Tensor:
         return (-log_snr).exp()
 
@@ -97,6 +101,9 @@ class Flow(Process):
 
     def _log_snr(self, t: Tensor) -> Tensor:
         return torch.log1p(-t) - t.log()
+
+    def _ratio(self, t: Tensor) -> Tensor:
+        return t / (1 - t)
 
     def _time(self, log_snr: Tensor) -> Tensor:
         return torch.sigmoid(-log_snr)

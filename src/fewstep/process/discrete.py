@@ -41,16 +41,7 @@ class DiscreteVP(Process):
         options: dict[str, Any],
         zero_terminal_snr: bool = False,
     ) -> None:
-        table = np.asarray(betas, dtype=np.float64)
-        if (
-            table.ndim != 1
-            or len(table) < 2
-            or not ((table > 0) & (table < 1))[:-1].all()
-            or not 0 < table[-1] <= 1
-        ):
-            raise InvalidInputError(
-                "betas must be a list of at least two numbers in (0, 1); the last may be 1"
-            )
+        table = _checked_betas(betas, name)
         with np.errstate(divide="ignore"):
             log_alpha_bar = np.cumsum(np.log1p(-table))
             if zero_terminal_snr:
@@ -81,10 +72,13 @@ class DiscreteVP(Process):
         table = self._table.to(t.device)
         left = t.clamp(min=0).floor().clamp(max=self.training_steps - 2)
         low, high, weight = table[left.long()], table[left.long() + 1], t - left
-        straight = torch.where(weight == 0, low, low + weight * (high - low))
+        straight = torch.lerp(low, high, weight)
         to_pure_noise = low + torch.log1p(-weight.clamp(max=1))
         between = torch.where(high == -math.inf, to_pure_noise, straight)
-        return torch.where(t == self.clean_time, math.inf, torch.where(t < 0, math.nan, between))
+        return torch.where(t == self.clean_time, math.inf, between)
+
+    def _covers(self, t: Tensor) -> Tensor:
+        return (t == self.clean_time) | ((t >= self.t_min) & (t <= self.t_max))
 
     def _time(self, log_snr: Tensor) -> Tensor:
         table = self._table.numpy()
@@ -98,16 +92,39 @@ class DiscreteVP(Process):
         return torch.as_tensor(t, dtype=torch.float64, device=log_snr.device)
 
     def _before(self, t: float, s: float | None) -> float:
-        return t - 1 if s is None else s
+        return math.ceil(t) - 1.0 if s is None else s
+
+
+def _checked_betas(betas: Sequence[float] | np.ndarray | Tensor, name: str) -> np.ndarray:
+    """The table in float64.
+
+    Raises:
+        InvalidInputError: If it is no list of at least two numbers in (0, 1), the last in (0, 1].
+    """
+    legal = "betas must be a list of at least two numbers in (0, 1), and only the last may be 1"
+    try:
+        table = np.asarray(betas, dtype=np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InvalidInputError(f"{name}: {legal}; got {betas!r:.80}") from error
+    if table.ndim != 1 or len(table) < 2:
+        raise InvalidInputError(f"{name}: {legal}; got shape {table.shape}")
+    fine = (table > 0) & (table < 1)
+    fine[-1] |= table[-1] == 1
+    if not fine.all():
+        at = int(np.argmin(fine))
+        raise InvalidInputError(f"{name}: {legal}; beta {at} is {table[at]:g}")
+    return table
 
 
 def _named(
     name: str, betas: Callable[[], np.ndarray], steps: int, zero_terminal_snr: bool, **options: Any
 ) -> DiscreteVP:
-    if steps < 2:
-        raise InvalidInputError(f"{name}: steps must be at least 2, got {steps}")
+    if not isinstance(steps, int) or steps < 2:
+        raise InvalidInputError(f"{name}: steps must be a whole number >= 2, got {steps!r}")
     options = {"steps": steps, **options, "zero_terminal_snr": zero_terminal_snr}
-    return DiscreteVP(betas(), name, options, zero_terminal_snr)
+    with np.errstate(all="ignore"):  # what comes of senseless options is refused as a table
+        table = betas()
+    return DiscreteVP(table, name, options, zero_terminal_snr)
 
 
 def vp_linear(
@@ -148,7 +165,7 @@ def vp_scaled_linear(
     """
     return _named(
         "vp_scaled_linear",
-        lambda: np.linspace(math.sqrt(beta_start), math.sqrt(beta_end), steps) ** 2,
+        lambda: np.linspace(np.sqrt(beta_start), np.sqrt(beta_end), steps) ** 2,
         steps,
         zero_terminal_snr,
         beta_start=beta_start,
@@ -216,13 +233,15 @@ def vp_sigmoid_beta(
     )
 
 
-def vp_from_betas(betas: Sequence[float], zero_terminal_snr: bool = False) -> DiscreteVP:
+def vp_from_betas(
+    betas: Sequence[float] | np.ndarray | Tensor, zero_terminal_snr: bool = False
+) -> DiscreteVP:
     """Process on any table of betas.
 
     >>> vp_from_betas([0.1, 0.2, 0.3]).training_steps
     3
     """
-    listed = [float(b) for b in betas]
+    listed = _checked_betas(betas, "vp_from_betas").tolist()
     return DiscreteVP(
         listed,
         "vp_from_betas",

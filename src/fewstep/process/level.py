@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from fewstep.errors import InvalidInputError
+
 
 @dataclass(frozen=True, slots=True)
 class Level:
@@ -55,6 +57,15 @@ def log_snr_step(t: Level, s: Level) -> float:
     return s.log_snr - t.log_snr
 
 
+def _falling_step(t: Level, s: Level) -> float:
+    """`log_snr_step`, for s that must be less noisy than t."""
+    if not s.ratio < t.ratio:
+        raise InvalidInputError(
+            f"the level {s} is not less noisy than {t}; of the two, give the noisier one as t"
+        )
+    return log_snr_step(t, s)
+
+
 class Kernel(NamedTuple):
     """The Gaussian `N(scale x, std^2)`."""
 
@@ -65,12 +76,16 @@ class Kernel(NamedTuple):
 def forward_kernel(s: Level, t: Level) -> Kernel:
     """`q(x_t | x_s) = N(a x_s, sigma_t^2 - a^2 sigma_s^2)` with `a = alpha_t / alpha_s`, for s less noisy than t.
 
+    Raises:
+        InvalidInputError: If s is not less noisy than t.
+
     Source: Kingma et al. 2021, arXiv 2107.00630, appendix A.
 
     >>> forward_kernel(Level(0, 1.0, 0.0), Level(1, 0.8, 0.6))
     Kernel(scale=0.8, std=0.6)
     """
-    return Kernel(t.alpha / s.alpha, t.sigma * math.sqrt(-math.expm1(-2 * log_snr_step(t, s))))
+    fresh = -math.expm1(-2 * _falling_step(t, s))
+    return Kernel(t.alpha / s.alpha, t.sigma * math.sqrt(fresh))
 
 
 class Posterior(NamedTuple):
@@ -88,11 +103,14 @@ def posterior(t: Level, s: Level) -> Posterior:
     standard deviation `sigma_s sqrt(1 - e^-2h)`. On neighbouring levels of a variance-preserving table these are
     the posterior mean and variance (beta tilde) of DDPM.
 
+    Raises:
+        InvalidInputError: If s is not less noisy than t.
+
     Source: Ho, Jain, Abbeel 2020, arXiv 2006.11239, equations 6 and 7.
 
     >>> posterior(Level(1, 0.8, 0.6), Level(0, 1.0, 0.0))
     Posterior(on_x=0.0, on_x0=1.0, std=0.0)
     """
-    h = log_snr_step(t, s)
+    h = _falling_step(t, s)
     fresh = -math.expm1(-2 * h)
     return Posterior(math.exp(-h) * s.sigma / t.sigma, s.alpha * fresh, s.sigma * math.sqrt(fresh))

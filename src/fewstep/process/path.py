@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-from torch import Tensor, ones_like
+from torch import Tensor, hypot, ones_like
 
 from fewstep.errors import InvalidInputError
 
@@ -33,10 +33,10 @@ class VariancePreserving(Path):
     """`alpha^2 + sigma^2 = 1`."""
 
     def alpha_of(self, ratio: Tensor) -> Tensor:
-        return (1 + ratio.square()).rsqrt()
+        return 1 / hypot(ones_like(ratio), ratio)
 
     def sigma_of(self, ratio: Tensor) -> Tensor:
-        return (1 + ratio.pow(-2)).rsqrt()
+        return 1 / hypot(ones_like(ratio), 1 / ratio)
 
     def ratio_of_alpha(self, alpha: Tensor) -> Tensor:
         return ((1 - alpha) * (1 + alpha)).sqrt() / alpha

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from fewstep.errors import InvalidInputError
@@ -33,13 +34,14 @@ class Grid:
     def __post_init__(self) -> None:
         if len(self.levels) < 2:
             raise InvalidInputError(
-                f"a grid needs at least 2 levels, got {len(self.levels)}; end it with 0 for clean data"
+                f"a grid needs at least 2 levels, got {len(self.levels)}; give a noisy one first, and end with 0 "
+                "(clean data) or where the run should stop"
             )
-        for i, (t, s) in enumerate(self.steps):
-            if not s.ratio < t.ratio:
+        for i, (t, s) in enumerate(pairwise(self.ratios)):
+            if not s < t:
                 raise InvalidInputError(
-                    f"grid levels must fall strictly, but level {i + 1} (sigma/alpha={s.ratio:g}) does not lie below "
-                    f"level {i} ({t.ratio:g}); sort the list from noisy to clean and drop repeats"
+                    f"grid levels must fall strictly, but level {i + 1} (sigma/alpha={s:g}) does not lie below "
+                    f"level {i} ({t:g}); sort the list from noisy to clean and drop repeats"
                 )
 
     @classmethod
@@ -52,19 +54,14 @@ class Grid:
                 k-diffusion and ComfyUI for every model but flow models.
 
         Raises:
-            InvalidInputError: If a value is negative or not a number, or the list does not fall.
+            InvalidInputError: If a value is negative or not a number, or the list does not fall, or it is infinite
+                and the process has no pure noise.
 
         >>> from fewstep.process import edm
         >>> Grid.from_ratios(edm(), [80, 5, 0.5, 0]).ratios
         [80.0, 5.0, 0.5, 0.0]
         """
-        values = [float(r) for r in ratios]
-        for value in values:
-            if not value >= 0:
-                raise InvalidInputError(
-                    f"sigma/alpha={value:g} is not a level; every value must be in [0, inf]"
-                )
-        return cls(process, tuple(process.levels_at(values)))
+        return cls(process, tuple(process.levels_at(_numbers(ratios))))
 
     @classmethod
     def from_times(cls, process: Process, times: Iterable[float], end_clean: bool = True) -> Grid:
@@ -73,7 +70,7 @@ class Grid:
         Args:
             process: The forward process.
             times: Falling times inside the process's range; they may be fractional.
-            end_clean: Whether clean data is appended as the last level.
+            end_clean: Whether clean data is appended as the last level, unless it is there already.
 
         Raises:
             InvalidInputError: If a time is out of range, or the list does not fall.
@@ -82,13 +79,15 @@ class Grid:
         >>> [level.t for level in Grid.from_times(vp_linear(), [999, 500, 250.5]).levels]
         [999.0, 500.0, 250.5, -1.0]
         """
-        levels = process.levels([float(t) for t in times])
-        return cls(process, (*levels, process.clean) if end_clean else tuple(levels))
+        levels = process.levels(_numbers(times))
+        if end_clean and not (levels and levels[-1].is_clean):
+            levels.append(process.clean)
+        return cls(process, tuple(levels))
 
     @property
     def steps(self) -> tuple[tuple[Level, Level], ...]:
         """The pairs (from, to), one for each step."""
-        return tuple(zip(self.levels, self.levels[1:], strict=False))
+        return tuple(pairwise(self.levels))
 
     @property
     def ratios(self) -> list[float]:
@@ -103,3 +102,16 @@ class Grid:
     def __str__(self) -> str:
         shown = ", ".join("inf" if math.isinf(r) else f"{r:.6g}" for r in self.ratios)
         return f"{self.scheduler} on {self.process.name}, {len(self.steps)} steps: {shown}"
+
+
+def _numbers(values: Iterable[float]) -> list[float]:
+    """Floats of anything listed, such as an array.
+
+    Raises:
+        InvalidInputError: If one of them is no number.
+    """
+    listed = list(values)
+    try:
+        return [float(value) for value in listed]
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(f"a grid is a list of numbers; got {listed!r:.80}") from error

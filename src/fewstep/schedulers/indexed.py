@@ -37,7 +37,8 @@ def _table(process: Process, steps: int, name: str) -> int:
 def trailing(process: Process, steps: int) -> Grid:
     """Equal strides counted from the noisiest index: `round(T - i T / n) - 1`."""
     size = _table(process, steps, "trailing")
-    return _from_indices(process, (round(size - i * size / steps) - 1 for i in range(steps)))
+    # Halves round as in diffusers, whose expression this is; for some n it yields one entry too many.
+    return _from_indices(process, np.round(np.arange(size, 0, -size / steps))[:steps] - 1)
 
 
 @scheduler(
@@ -49,6 +50,7 @@ def trailing(process: Process, steps: int) -> Grid:
 def leading(
     process: Process,
     steps: int,
+    *,
     offset: Annotated[int, Option("added to every index; Stable Diffusion uses 1", 0, 1000)] = 0,
 ) -> Grid:
     """Equal strides counted from index 0: `i floor(T / n) + offset`; the linear subsequence of DDIM.
@@ -68,7 +70,9 @@ def leading(
 def linspace(process: Process, steps: int) -> Grid:
     """Equally spaced from the noisiest index to index 0, rounded: `round((T - 1) (1 - i / (n - 1)))`."""
     size = _table(process, steps, "linspace")
-    return _from_indices(process, np.round(np.linspace(size - 1, 0, steps)))
+    rising = np.round(np.linspace(0, size - 1, steps))  # from below: halves round as in diffusers
+    rising[-1] = size - 1  # a single step starts at the noisiest index
+    return _from_indices(process, rising[::-1])
 
 
 @scheduler("normal", title="Normal", paper="k-diffusion, ComfyUI", aliases=("uniform",))
@@ -109,6 +113,7 @@ def ddim_uniform(process: Process, steps: int) -> Grid:
 def quadratic(
     process: Process,
     steps: int,
+    *,
     reach: Annotated[float, Option("share of the table that is used", 0.01, 1.0)] = 0.8,
 ) -> Grid:
     """Squares: `floor(reach T (i / (n - 1))^2)`; the quadratic subsequence of DDIM.

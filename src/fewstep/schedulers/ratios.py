@@ -16,6 +16,7 @@ from fewstep.schedulers.registry import scheduler
 def _between_ends(process: Process, curve: np.ndarray) -> Grid:
     """The grid of ratios from the process's noisiest to its least noisy level, its ends exact, then clean data."""
     ratios = curve.tolist()
+    ratios[-1] = process.least_noisy.ratio
     ratios[0] = process.noisiest.ratio
     return Grid.from_ratios(process, [*ratios, 0.0])
 
@@ -34,13 +35,14 @@ def _ends(process: Process) -> tuple[float, float]:
 def karras(
     process: Process,
     steps: int,
+    *,
     rho: Annotated[
         float, Option("exponent; larger puts more steps at low noise", 1e-3, 1e3)
     ] = 7.0,
 ) -> Grid:
     """Equally spaced in `(sigma / alpha)^(1 / rho)` from the noisiest to the least noisy level."""
     high, low = _ends(process)
-    return _between_ends(process, np.linspace(high ** (1 / rho), low ** (1 / rho), steps) ** rho)
+    return _between_ends(process, high * np.linspace(1.0, (low / high) ** (1 / rho), steps) ** rho)
 
 
 @scheduler(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from numbers import Integral
 from typing import Any
 
 from fewstep.errors import InvalidInputError
@@ -33,10 +34,10 @@ def make_grid(name: str, process: Process, steps: int, **options: Any) -> Grid:
     [999.0, 749.0, 499.0, 249.0, -1.0]
     """
     entry = SCHEDULERS.find(name)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+    if isinstance(steps, bool) or not isinstance(steps, Integral) or steps < 1:
         raise InvalidInputError(f"{entry.name}: steps must be a whole number >= 1, got {steps!r}")
     resolved = entry.resolve(options)
-    grid = entry.function(process, steps, **resolved)
+    grid = entry.function(process, int(steps), **resolved)
     return dataclasses.replace(grid, scheduler=entry.name, options=resolved)
 
 
