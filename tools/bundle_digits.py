@@ -143,6 +143,7 @@ Fréchet distances fall as the number of images grows; compare equal numbers onl
 - Data: MNIST's 60,000 training images.
 - {training["step"]:,} steps of {training["settings"]["batch_size"]} images, {training["images_seen"] / 60000:.1f}
   passes over the data; {training["seconds"] / 60:.0f} minutes on {arguments.hardware}, beside other work.
+- Process `{model.config.process["name"]}`; the network predicts {model.predicts}.
 - One in ten labels is dropped in training, so classifier-free guidance works; label 10 is "none".
 
 | step | loss (mean of the ten records before) |
