@@ -124,6 +124,7 @@ def test_a_float64_model_and_a_bfloat16_one_give_float32_pictures():
         (k for k in (3, 4, 5, 6)),
     ],
     ids=repr,
+    ids=lambda seeds: type(seeds).__name__,
 )
 def test_seeds_in_any_form(toy, seed):
     expected = fs.sample(toy, seed=[3, 4, 5, 6], steps=3)
