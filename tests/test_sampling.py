@@ -123,7 +123,6 @@ def test_a_float64_model_and_a_bfloat16_one_give_float32_pictures():
         [np.int32(3), torch.tensor(4), 5, 6],
         (k for k in (3, 4, 5, 6)),
     ],
-    ids=repr,
     ids=lambda seeds: type(seeds).__name__,
 )
 def test_seeds_in_any_form(toy, seed):
