@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import InvalidInputError, NonFiniteError
-from fewstep.plan.instructions import Combine, Denoise, Draw
-from fewstep.plan.lowering import Evaluate, Operation
+from fewstep.plan.instructions import Combine, Denoise, Draw, Evaluate
+from fewstep.plan.lowering import Operation
 from fewstep.process import Level
 
 if TYPE_CHECKING:

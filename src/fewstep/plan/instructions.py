@@ -33,15 +33,24 @@ class Draw:
     end: Level
 
 
+@dataclass(frozen=True, slots=True)
+class Evaluate:
+    """`out = F(point, level)`: one network call, giving its own output; only lowered programs have it."""
+
+    out: int
+    point: int
+    level: Level
+
+
 Instruction = Combine | Denoise | Draw
 
 
-def reads(instruction: Instruction) -> tuple[int, ...]:
+def reads(instruction: Instruction | Evaluate) -> tuple[int, ...]:
     """The registers that an instruction needs."""
     match instruction:
         case Combine(terms=terms):
             return tuple(register for register, _ in terms)
-        case Denoise(point=point):
+        case Denoise(point=point) | Evaluate(point=point):
             return (point,)
         case Draw():
             return ()

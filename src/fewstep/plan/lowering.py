@@ -8,13 +8,12 @@ alpha or sigma happens in float64, in a coefficient, not on the tensor.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from fewstep.plan.instructions import Combine, Denoise, Draw, Instruction, reads
+from fewstep.plan.instructions import Combine, Denoise, Draw, Evaluate, Instruction, reads
 from fewstep.process import Level
 
 
@@ -24,15 +23,6 @@ class LinearForm(Protocol):
     def skip_out(self, level: Level) -> tuple[float, float]:
         """The numbers of `D = skip x + out F` at a level."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluate:
-    """`out = F(point, level)`: one network call, giving the network's own output."""
-
-    out: int
-    point: int
-    level: Level
 
 
 class Operation(NamedTuple):
@@ -62,11 +52,11 @@ def lower(
 ) -> tuple[Operation, ...]:
     """Order a program for the executor; a linear form folds the estimates of x_0 away where that saves work."""
     folded = list(program) if form is None else _fold(program, result, form)
-    last_use = {register: k for k, i in enumerate(folded) for register in _reads(i)}
+    last_use = {register: k for k, i in enumerate(folded) for register in reads(i)}
     last_use[result] = len(folded)
     operations = []
     for k, instruction in enumerate(folded):
-        dead = {r for r in _reads(instruction) if last_use[r] == k}
+        dead = {r for r in reads(instruction) if last_use[r] == k}
         if instruction.out not in last_use:
             dead.add(instruction.out)
         operations.append(
@@ -145,7 +135,3 @@ def _start(
             return point, None, ()
         case Draw():
             return 0, None, ()
-
-
-def _reads(instruction: Instruction | Evaluate) -> tuple[int, ...]:
-    return (instruction.point,) if isinstance(instruction, Evaluate) else reads(instruction)
