@@ -22,6 +22,10 @@ class NonFiniteError(FewstepError, ArithmeticError):
     """A NaN or an infinity appeared; names the component, the network call and the noise level."""
 
 
+class CallLimitError(FewstepError, RuntimeError):
+    """An adaptive sampler did not arrive within the network calls that it was allowed."""
+
+
 class DataError(InvalidInputError):
     """Images, labels or a data source that cannot be used."""
 
@@ -53,3 +57,19 @@ def unknown_name(
     guess = f"; did you mean {', '.join(repr(n) for n in near)}?" if near else ";"
     message = f"unknown {kind} {str(name)!r}{guess} Known: {', '.join(names) or 'none'}"
     return UnknownNameError(f"{message}. {hint}" if hint else message)
+
+
+def no_guidance(name: str) -> InvalidInputError:
+    """Build the error for a denoiser that has no second, weaker estimate."""
+    return InvalidInputError(
+        f"this sampler follows the guided and the unguided estimate at once, but {name} is not guided; wrap it in "
+        "fewstep.ClassifierFree, or give labels and a guidance other than 1"
+    )
+
+
+def not_differentiable(name: str, why: str) -> InvalidInputError:
+    """Build the error for a denoiser whose estimate has no derivative."""
+    return InvalidInputError(
+        f"this sampler needs the derivative of the estimate, but {name} cannot be differentiated ({why}); "
+        "take a sampler that does without, such as dpmpp_2m"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import operator
@@ -60,6 +61,15 @@ class Noise:
         self.shape, self.device, self.dtype = tuple(shape), device, dtype
         self._paths = _Paths(self.seeds, self.shape)
 
+    def on_lap(self, lap: int) -> Noise:
+        """The noise of the same seeds on another path, independent of this one; lap 0 is this one.
+
+        For methods that pass a stretch of the path more than once, such as restarts.
+        """
+        other = copy.copy(self)
+        other._paths = _Paths(self.seeds, self.shape, lap)
+        return other
+
     def initial(self) -> Tensor:
         """The standard normal tensor that sampling starts from, shape (len(seeds), *shape)."""
         return self._tensor(self._paths.normal(START))
@@ -89,17 +99,18 @@ def _checked(seeds: Sequence[int]) -> tuple[int, ...]:
 
 
 class _Generator(threading.local):
-    """Standard normal numbers that depend on (seed, node) alone; each thread has its own.
+    """Standard normal numbers that depend on (seed, node, lap) alone; each thread has its own.
 
-    The generator's state is the hash of the two, so it is set rather than advanced.
+    The generator's state is their hash, so it is set rather than advanced.
     """
 
     def __init__(self) -> None:
         self._bits = np.random.SFC64(0)
         self._normal = np.random.Generator(self._bits).standard_normal
 
-    def fill(self, image: np.ndarray, seed: int, node: int) -> None:
-        key = seed.to_bytes(8, "little") + node.to_bytes(8, "little")
+    def fill(self, image: np.ndarray, seed: int, node: int, lap: int) -> None:
+        numbers = (seed, node, lap) if lap else (seed, node)
+        key = b"".join(number.to_bytes(8, "little") for number in numbers)
         words = np.frombuffer(hashlib.blake2b(key, digest_size=32).digest(), dtype="<u8")
         self._bits.state = {
             "bit_generator": "SFC64",
@@ -121,8 +132,8 @@ class _Paths:
     query's ends and the nodes on the way to it are remembered, but only to save work.
     """
 
-    def __init__(self, seeds: tuple[int, ...], shape: tuple[int, ...]) -> None:
-        self.seeds, self.shape = seeds, shape
+    def __init__(self, seeds: tuple[int, ...], shape: tuple[int, ...], lap: int = 0) -> None:
+        self.seeds, self.shape, self.lap = seeds, shape, lap
         self._remembers = 8 * len(seeds) * math.prod(shape) * DEPTH <= REMEMBERED
         self._last: dict[int, np.ndarray] = {}
         self._ends: dict[float, np.ndarray] = {}
@@ -131,7 +142,7 @@ class _Paths:
         """The draw of a node, shape (len(seeds), *shape)."""
         images = np.empty((len(self.seeds), *self.shape))
         for k, seed in enumerate(self.seeds):
-            _GENERATOR.fill(images[k : k + 1], seed, node)
+            _GENERATOR.fill(images[k : k + 1], seed, node, self.lap)
         return images
 
     def increment(self, start: float, end: float) -> np.ndarray:

@@ -18,7 +18,7 @@ from torch import Tensor
 from fewstep.denoisers import BaseDenoiser, ClassifierFree, Clipped
 from fewstep.errors import InvalidInputError
 from fewstep.noise import Noise
-from fewstep.plan import Plan, Progress
+from fewstep.plan import EagerPlan, Plan, Progress
 from fewstep.process import Process
 from fewstep.samplers import plan as make_plan
 from fewstep.schedulers import Grid, make_grid
@@ -91,7 +91,7 @@ def sample(
     clip: bool = False,
     sampler_options: Mapping[str, Any] | None = None,
     scheduler_options: Mapping[str, Any] | None = None,
-    plan: Plan | None = None,
+    plan: Plan | EagerPlan | None = None,
     batch_size: int | None = None,
     device: torch.device | str | None = None,
     on_step: Callable[[Progress], None] | None = None,
@@ -117,7 +117,8 @@ def sample(
         plan: A ready Plan, in place of sampler, scheduler and steps.
         batch_size: Pictures that go through the network together; by default 8, fewer for pictures above 28x28. The
             last batch is filled up, because a network's rounding depends on the size of its batch: so a picture is
-            the same to the bit alone and among others. A large number is faster for many pictures, 1 for one.
+            the same to the bit alone and among others. A large number is faster for many pictures, 1 for one. With a
+            sampler that chooses its steps by the data the default is 1, for a batch shares its steps.
         device: Where to compute; by default where the model is.
         on_step: Called after each network call of each batch.
 
@@ -153,16 +154,25 @@ def sample(
         raise InvalidInputError(
             f"the plan is for {plan.process}, the model has {model.process}; make the plan for the model's"
         )
-    size = _default_batch_size(shape) if batch_size is None else _one("batch_size", batch_size)
+    if batch_size is None:
+        size = 1 if isinstance(plan, EagerPlan) else _default_batch_size(shape)
+    else:
+        size = _one("batch_size", batch_size)
     where = _device(model, device)
     Noise(seeds, ())  # a seed that cannot be used is refused before any picture is made
     denoiser = _conditioned(model, classes, guidance, where)
-    images = []
+    images, calls, rejected = [], [], []
     for rows, own in _batches(Clipped(denoiser) if clip else denoiser, n, size):
         noise = Noise([seeds[k] for k in rows], shape, where)
         x = plan.levels[0].sigma * noise.initial()
         wanted = len(set(rows))
-        images.append(plan.run(own, x, noise, _first(wanted, on_step))[:wanted].cpu())
+        if isinstance(plan, EagerPlan):
+            solution = plan.solve(own, x, noise, _first(wanted, on_step))
+            calls += [solution.calls] * wanted
+            rejected += [solution.rejected] * wanted
+            images.append(solution.x[:wanted].cpu())
+        else:
+            images.append(plan.run(own, x, noise, _first(wanted, on_step))[:wanted].cpu())
     record = {
         "software": f"fewstep {version('fewstep')}",
         "model": model.name,
@@ -171,7 +181,7 @@ def sample(
         "scheduler": plan.scheduler,
         "scheduler_options": plan.scheduler_options,
         "steps": len(plan.levels) - 1,
-        "network_calls": plan.calls,
+        "network_calls": calls if isinstance(plan, EagerPlan) else plan.calls,
         "passes_per_call": denoiser.passes,
         "guidance": guidance,
         "clip": clip,
@@ -181,6 +191,8 @@ def sample(
         # The ratio of two float64 numbers may be off in its last digit.
         "sigma_over_alpha": [float(f"{level.ratio:.15g}") for level in plan.levels],
     }
+    if isinstance(plan, EagerPlan):
+        record["rejected_steps"] = rejected
     return Samples(torch.cat(images), _plain(record))
 
 

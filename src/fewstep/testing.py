@@ -36,7 +36,7 @@ from fewstep.denoisers import (
     Wrapper,
 )
 from fewstep.errors import CheckFailedError, FewstepError, InvalidInputError, unknown_name
-from fewstep.plan import Plan, Vector
+from fewstep.plan import EagerPlan, Plan, Vector
 from fewstep.process import (
     PROCESSES,
     Level,
@@ -381,7 +381,13 @@ def check_sampler(
         name = getattr(sampler, "__name__", "sampler")
 
     def trace(grid: Grid) -> Plan:
-        return plan(sampler, grid, **(options or {}))
+        made = plan(sampler, grid, **(options or {}))
+        if isinstance(made, EagerPlan):
+            raise InvalidInputError(
+                f"{name} chooses its steps by the data and has no table to check; compare its results with those of a "
+                "sampler that has one"
+            )
+        return made
 
     for label in odd_grids:
         if label not in ODD_GRIDS:

@@ -7,16 +7,11 @@ is said in each test.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor
 
 import fewstep as fs
-from fewstep.plan import Progress
+from peer_support import STEPS, Draws, Peer, assert_same, doubled, network, ours, start
 
 pytest.importorskip("diffusers", minversion="0.30")
 
@@ -26,122 +21,7 @@ from diffusers import schedulers as peers  # noqa: E402
 diffusers.utils.logging.set_verbosity_error()
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
-PROCESS = fs.process.vp_linear()
 FLOW = fs.process.flow()
-SHAPE = (2, 3, 4, 4)
-STEPS = 10
-
-
-def network(x: Tensor, t: Tensor) -> Tensor:
-    """Any smooth function of the point and the time."""
-    return torch.sin(1.3 * x) + 0.2 * torch.cos(t.double() / 150).view(-1, 1, 1, 1)
-
-
-@contextlib.contextmanager
-def doubled(noise: Callable[[], Tensor] | None = None) -> Iterator[None]:
-    """Let the peer compute in float64, and draw the noise that it is given."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "float32", torch.float64)
-        for name in ("scheduling_ddim", "scheduling_ddpm", "scheduling_euler_ancestral_discrete"):
-            module = getattr(peers, name)
-            patch.setattr(module, "randn_tensor", lambda *_, **__: noise and noise())
-        yield
-
-
-class Peer:
-    """A diffusers scheduler on one of its own grids, and that grid as ours."""
-
-    def __init__(self, name: str, **config: Any) -> None:
-        self.scheduler = getattr(peers, name)(
-            num_train_timesteps=1000,
-            beta_start=1e-4,
-            beta_end=0.02,
-            beta_schedule="linear",
-            prediction_type="epsilon",
-            timestep_spacing="leading",
-            **config,
-        )
-        alpha = PROCESS.alpha(torch.arange(1000, dtype=torch.float64))
-        self.scheduler.alphas_cumprod = alpha**2
-        self.scheduler.betas = torch.as_tensor(PROCESS.betas)
-        self.scheduler.alphas = 1 - self.scheduler.betas
-        if hasattr(self.scheduler, "final_alpha_cumprod"):
-            self.scheduler.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
-        self.scheduler.set_timesteps(STEPS)
-        times = list(dict.fromkeys(self.scheduler.timesteps.tolist()))
-        self.grid = fs.Grid.from_times(PROCESS, times)
-        self.in_sigma = hasattr(self.scheduler, "sigmas")
-        if self.in_sigma:
-            ratios = torch.tensor(self.grid.ratios, dtype=torch.float64)
-            if name == "HeunDiscreteScheduler":
-                ratios = torch.cat([ratios[:1], ratios[1:-1].repeat_interleave(2), ratios[-1:]])
-            assert ratios.shape == self.scheduler.sigmas.shape
-            torch.testing.assert_close(
-                ratios.float(), self.scheduler.sigmas.float(), rtol=1e-4, atol=1e-6
-            )
-            self.scheduler.sigmas = ratios
-
-    def run(
-        self, x: Tensor, scaled: bool, noise: Callable[[], Tensor] | None = None
-    ) -> list[Tensor]:
-        """The points of all network calls, and the result.
-
-        Where the peer works in `x / alpha` (scaled), it brings the network's input to our coordinates by itself.
-        """
-        points = []
-        if scaled:
-            x = x / self.grid.levels[0].alpha
-        with doubled(noise):
-            for t in self.scheduler.timesteps:
-                point = self.scheduler.scale_model_input(x, t)
-                points.append(point)
-                x = self.scheduler.step(network(point, t.view(1)), t, x).prev_sample
-        return [*points, x]
-
-
-def ours(
-    grid: fs.Grid, sampler: str, x: Tensor, noise: Any = None, **options: Any
-) -> list[Tensor]:
-    """The points of all network calls, and the result."""
-    kind = "flow" if grid.process == FLOW else "noise"
-    denoiser = fs.Denoiser(network, grid.process, kind)
-    points: list[Tensor] = []
-
-    def keep(step: Progress) -> None:
-        points.append(step.x)
-
-    result = fs.plan(sampler, grid, **options).run(denoiser, x, noise, keep)
-    return [*points, result]
-
-
-def start() -> Tensor:
-    return torch.randn(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
-class Draws:
-    """The same noise for both: for us by the level where a step starts, for the peer in the order of the steps."""
-
-    def __init__(self, grid: fs.Grid) -> None:
-        generator = torch.Generator().manual_seed(2)
-        self._draws = {
-            t: torch.randn(SHAPE, dtype=torch.float64, generator=generator)
-            for t in grid.levels[:-1]
-        }
-        self._order = iter(self._draws.values())
-
-    def __call__(self, start: fs.Level, end: fs.Level) -> Tensor:
-        return self._draws[start]
-
-    def next(self) -> Tensor:
-        return next(self._order)
-
-
-def assert_same(got: list[Tensor], wanted: list[Tensor]) -> None:
-    assert len(got) == len(wanted)
-    for k, (a, b) in enumerate(zip(got, wanted, strict=True)):
-        torch.testing.assert_close(
-            a, b, rtol=1e-9, atol=1e-9, msg=lambda m, k=k: f"point {k}: {m}"
-        )
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])

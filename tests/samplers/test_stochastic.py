@@ -5,20 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 import fewstep as fs
-from fewstep.plan import Plan
+from exact_problems import MEAN, PROCESSES, WIDTH, law, law_grid, true_law
 
-MEAN, WIDTH = 0.7, 0.5
-PROCESSES = {
-    "vp": fs.process.vp_linear(),
-    "edm": fs.process.edm(),
-    "flow": fs.process.flow(),
-}
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("ddpm", {}),
     ("ddim", {"eta": 1.0}),
@@ -28,38 +21,6 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-def grid_of(process: fs.Process, steps: int) -> fs.Grid:
-    ratios = np.linspace(40.0 ** (1 / 7), 0.05 ** (1 / 7), steps + 1) ** 7
-    return fs.Grid.from_ratios(process, ratios)
-
-
-def law(plan: Plan) -> tuple[float, float]:
-    """Mean and standard deviation of the result for data N(MEAN, WIDTH^2), with no sampling.
-
-    The estimate of x_0 is linear there, so each register is a vector: the constant, then its weights on the
-    independent normal numbers that went into it.
-    """
-    size = 2 + plan.draws
-    units = iter(torch.eye(size, dtype=torch.float64)[2:])
-
-    def denoiser(x: Tensor, level: fs.Level) -> Tensor:
-        variance = (level.alpha * WIDTH) ** 2 + level.sigma**2
-        constant = torch.zeros(size, dtype=torch.float64)
-        constant[0] = level.sigma**2 / variance * MEAN
-        return level.alpha * WIDTH**2 / variance * x + constant
-
-    first = plan.levels[0]
-    x = torch.zeros(size, dtype=torch.float64)
-    x[0], x[1] = first.alpha * MEAN, math.hypot(first.alpha * WIDTH, first.sigma)
-    result = plan.run(denoiser, x, lambda a, b: next(units))
-    return float(result[0]), float(result[1:].norm())
-
-
-def truth(plan: Plan) -> tuple[float, float]:
-    last = plan.levels[-1]
-    return last.alpha * MEAN, math.hypot(last.alpha * WIDTH, last.sigma)
-
-
 @pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
 @pytest.mark.parametrize(("name", "options"), CASES, ids=str)
 def test_the_law_of_the_result_converges_to_the_data(
@@ -67,9 +28,9 @@ def test_the_law_of_the_result_converges_to_the_data(
 ) -> None:
     errors = []
     for steps in (80, 160, 320):
-        plan = fs.plan(name, grid_of(process, steps), **options)
+        plan = fs.plan(name, law_grid(process, steps), **options)
         mean, std = law(plan)
-        true_mean, true_std = truth(plan)
+        true_mean, true_std = true_law(plan)
         assert mean == pytest.approx(true_mean, abs=2 / steps)
         errors.append(std - true_std)
     orders = [math.log2(a / b) for a, b in zip(errors, errors[1:], strict=False)]
@@ -80,13 +41,13 @@ def test_the_law_of_the_result_converges_to_the_data(
 def test_the_large_variance_is_right_in_the_limit_of_many_steps() -> None:
     errors = []
     for steps in (80, 160, 320):
-        plan = fs.plan("ddpm", grid_of(PROCESSES["vp"], steps), variance="large")
-        errors.append(abs(law(plan)[1] - truth(plan)[1]))
+        plan = fs.plan("ddpm", law_grid(PROCESSES["vp"], steps), variance="large")
+        errors.append(abs(law(plan)[1] - true_law(plan)[1]))
     assert errors[0] > 1.8 * errors[1] > 3.0 * errors[2]
 
 
 def test_extra_noise_widens_the_result() -> None:
-    grid = grid_of(PROCESSES["vp"], 80)
+    grid = law_grid(PROCESSES["vp"], 80)
     more, plain, less = (
         law(fs.plan("euler_ancestral", grid, s_noise=s))[1] for s in (1.05, 1.0, 0.95)
     )
@@ -100,7 +61,7 @@ def test_twenty_thousand_samples_have_the_mean_and_variance_of_the_law(
     """The whole road, with fewstep.Noise: 40 seeds of 500 numbers each."""
     process = PROCESSES["vp"]
     denoiser = fs.exact.GaussianMixture(torch.full((1, 500), MEAN), WIDTH, process=process)
-    plan = fs.plan(name, grid_of(process, 40), **options)
+    plan = fs.plan(name, law_grid(process, 40), **options)
     noise = fs.Noise(range(40), (500,))
     first = plan.levels[0]
     generator = torch.Generator().manual_seed(0)
@@ -110,7 +71,7 @@ def test_twenty_thousand_samples_have_the_mean_and_variance_of_the_law(
     n = samples.numel()
     assert float(samples.mean()) == pytest.approx(mean, abs=4.5 * std / math.sqrt(n))
     assert float(samples.std()) == pytest.approx(std, abs=4.5 * std / math.sqrt(2 * n))
-    true_mean, true_std = truth(plan)
+    true_mean, true_std = true_law(plan)
     assert float(samples.mean()) == pytest.approx(true_mean, abs=0.06)
     assert float(samples.std()) == pytest.approx(true_std, abs=0.06)
 
@@ -118,7 +79,7 @@ def test_twenty_thousand_samples_have_the_mean_and_variance_of_the_law(
 @pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCESSES)
 def test_ten_and_forty_steps_of_ddpm_follow_one_path(process: fs.Process) -> None:
     """With a constant estimate of x_0 the points at shared levels are the same points."""
-    fine = grid_of(process, 40).levels
+    fine = law_grid(process, 40).levels
     coarse = fine[::4]
     x0 = torch.tensor([[0.3, -0.8, 1.0]] * 2, dtype=torch.float64)
     seen: list[dict[fs.Level, Tensor]] = []
@@ -146,7 +107,7 @@ def test_paths_of_different_lengths_stay_together_with_a_real_estimate() -> None
     )
 
     def sample(seed: int, steps: int) -> Tensor:
-        plan = fs.plan("ddpm", grid_of(process, steps))
+        plan = fs.plan("ddpm", law_grid(process, steps))
         noise = fs.Noise(range(seed, seed + 16), (2,))
         return plan.run(denoiser, plan.levels[0].sigma * noise.initial(), noise)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from typing import Any, Self
 
@@ -10,8 +11,25 @@ import torch
 from torch import Tensor
 
 from fewstep.denoisers.parameterisation import Parameterisation
-from fewstep.errors import InvalidInputError
+from fewstep.errors import InvalidInputError, no_guidance, not_differentiable
 from fewstep.process import Level, Process
+
+NEARBY = 1e-4
+"""Distance in log_snr at which what depends on the level alone is compared, to differentiate it."""
+
+
+def beside(process: Process, level: Level) -> tuple[Level, Level, Level]:
+    """The level a little noisier, the level itself and the one a little less noisy, `NEARBY` apart in log_snr.
+
+    Raises:
+        InvalidInputError: If the level is clean or pure noise, where nothing lies beside it.
+    """
+    if level.is_clean or level.is_pure_noise:
+        raise InvalidInputError(
+            f"level {level} has no derivative in log_snr; take one with both signal and noise"
+        )
+    before, after = process.levels_at([level.ratio * math.exp(d) for d in (NEARBY, -NEARBY)])
+    return before, level, after
 
 
 class BaseDenoiser(ABC):
@@ -44,6 +62,31 @@ class BaseDenoiser(ABC):
         Returns:
             The estimate, in x's shape and type.
         """
+
+    def guided_pair(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        """The guided estimate, and the weak one that guidance pushes away from.
+
+        Raises:
+            InvalidInputError: If there is no guidance.
+        """
+        raise no_guidance(self.name)
+
+    def derivative(self, x: Tensor, along: Tensor, level: Level) -> Tensor:
+        """`dD/dlog_snr` at a point that moves.
+
+        Args:
+            x: The point, shape (B, ...).
+            along: Its direction, `alpha dx^/dlog_snr` with `x^ = x / alpha`, shape (B, ...); `alpha D - x` follows
+                the probability-flow ODE.
+            level: Its noise level.
+
+        Returns:
+            The derivative, in x's shape and type.
+
+        Raises:
+            InvalidInputError: If the estimate cannot be differentiated.
+        """
+        raise not_differentiable(self.name, "it has no derivative")
 
     @property
     def parameterisation(self) -> Parameterisation | None:

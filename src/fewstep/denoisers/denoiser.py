@@ -9,10 +9,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fewstep.denoisers.base import BaseDenoiser
+from fewstep.denoisers.base import NEARBY, BaseDenoiser, beside
 from fewstep.denoisers.parameterisation import Parameterisation
-from fewstep.errors import InvalidInputError, unknown_name
+from fewstep.errors import InvalidInputError, not_differentiable, unknown_name
 from fewstep.process import Level, Process
 
 
@@ -95,10 +96,71 @@ class Denoiser(BaseDenoiser):
             self._parameterisation.time(level),
             dtype=torch.float64 if inputs.dtype == torch.float64 else torch.float32,
         )
-        output = self.network(inputs, t, **self._conditions)
-        if not isinstance(output, Tensor) or output.shape != x.shape:
-            output = _without_variance(output, x)
+        output = self._called(inputs, t)
         return output if output.dtype == x.dtype else output.to(x.dtype)
+
+    def derivative(self, x: Tensor, along: Tensor, level: Level) -> Tensor:
+        """`dD/dlog_snr` by differentiating the network; see `BaseDenoiser`.
+
+        `D = skip x + out F(scale x, t)`, where everything but F depends on the level alone.
+        """
+        before, here, after = beside(self.process, level)
+        form = self._parameterisation
+
+        def rate(value: Callable[[Level], float]) -> float:
+            return (value(after) - value(before)) / (2 * NEARBY)
+
+        moving = along + rate(lambda level: level.alpha) / here.alpha * x
+        scale, scale_rate = form.input_scale(here), rate(form.input_scale)
+        skip, out = form.skip_out(here)
+        weight = self._first_weight()
+        own = x.dtype if weight is None else weight.dtype
+        times = torch.float64 if own == torch.float64 else torch.float32
+        t = x.new_full((x.shape[0],), form.time(here), dtype=times)
+        output, change = self._called_with_change(
+            ((scale * x).to(own), t),
+            ((scale_rate * x + scale * moving).to(own), torch.full_like(t, rate(form.time))),
+        )
+        return (
+            rate(lambda level: form.skip_out(level)[0]) * x
+            + skip * moving
+            + rate(lambda level: form.skip_out(level)[1]) * output.to(x.dtype)
+            + out * change.to(x.dtype)
+        )
+
+    @torch.enable_grad()
+    def _called_with_change(
+        self, arguments: tuple[Tensor, Tensor], directions: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """The output and its directional derivative: the backward pass is linear, so its own backward pass gives it.
+
+        Unlike forward mode this needs nothing but gradients, which every layer has in every memory layout.
+        """
+        inputs, t = (argument.detach().requires_grad_() for argument in arguments)
+        try:
+            with sdpa_kernel(
+                SDPBackend.MATH
+            ):  # the fused attention kernels can be differentiated only once
+                output = self._called(inputs, t)
+                weights = torch.zeros_like(output, requires_grad=True)
+                back = torch.autograd.grad(
+                    output, (inputs, t), weights, create_graph=True, allow_unused=True
+                )
+                if back[0] is None:
+                    raise RuntimeError("its output does not follow its input")
+                used = [(b, d) for b, d in zip(back, directions, strict=True) if b is not None]
+                (change,) = torch.autograd.grad(
+                    [b for b, _ in used], weights, [d for _, d in used], materialize_grads=True
+                )
+        except RuntimeError as error:
+            raise not_differentiable(self.name, str(error).splitlines()[0]) from error
+        return output.detach(), change.detach()
+
+    def _called(self, inputs: Tensor, t: Tensor) -> Tensor:
+        output = self.network(inputs, t, **self._conditions)
+        if not isinstance(output, Tensor) or output.shape != inputs.shape:
+            return _without_variance(output, inputs)
+        return output
 
     def with_conditions(self, **conditions: Any) -> Self:
         """The same denoiser with these conditions added; this one stays as it is.

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fewstep.denoisers.base import BaseDenoiser
+from fewstep.denoisers.base import NEARBY, BaseDenoiser, beside
 from fewstep.errors import InvalidInputError
 from fewstep.process import Level, Process
 
@@ -92,6 +92,14 @@ class GaussianMixture(BaseDenoiser):
             denoised = kept * denoised + level.sigma**2 * (share @ means) + pull * flat
             log_total = new_total
         return denoised.to(x.dtype).view(x.shape)
+
+    def derivative(self, x: Tensor, along: Tensor, level: Level) -> Tensor:
+        """`dD/dlog_snr` along a direction; see `BaseDenoiser`."""
+        before, here, after = beside(self.process, level)
+        change = torch.func.jvp(lambda point: self(point, here), (x,), (along,))[1]
+        point = x.to(_exact_type(x)) / here.alpha
+        difference = self(after.alpha * point, after) - self(before.alpha * point, before)
+        return change + (difference / (2 * NEARBY)).to(x.dtype)
 
     def sample(self, n: int, generator: torch.Generator) -> Tensor:
         """Draw n points of the data, shape (n, *data shape), with a generator on the centres' device."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fewstep.denoisers.base import BaseDenoiser, Wrapper
-from fewstep.errors import InvalidInputError
+from fewstep.errors import InvalidInputError, not_differentiable
 from fewstep.process import Level
 
 Interval = tuple[float, float]
@@ -102,6 +102,10 @@ class Guided(Wrapper):
     def pair(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """The strong and the weak estimate."""
 
+    @abstractmethod
+    def derivative_pair(self, x: Tensor, along: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        """The derivatives of both."""
+
     @property
     @abstractmethod
     def weak_passes(self) -> int:
@@ -116,12 +120,26 @@ class Guided(Wrapper):
         """The guided estimate, in x's shape."""
         if self.scale == 1 or not self._acts(level):
             return self.inner(x, level)
+        return self._pushed(*self.pair(x, level))
+
+    def guided_pair(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        """The guided and the weak estimate; where guidance does not act, both are the denoiser's own."""
+        if not self._acts(level):
+            strong = self.inner(x, level)
+            return strong, strong
         strong, weak = self.pair(x, level)
-        push = strong - weak
-        if self.projection is not None:
-            push = self._projected(push, strong, self.projection)
-        guided = strong + (self.scale - 1) * push
-        return _with_std_of(strong, guided, self.rescale) if self.rescale else guided
+        return self._pushed(strong, weak), weak
+
+    def derivative(self, x: Tensor, along: Tensor, level: Level) -> Tensor:
+        """The guided derivative; see `BaseDenoiser`."""
+        if self.projection is not None or self.rescale:
+            raise not_differentiable(
+                self.name, "its guidance is not linear; leave projection and rescale out"
+            )
+        if self.scale == 1 or not self._acts(level):
+            return self.inner.derivative(x, along, level)
+        strong, weak = self.derivative_pair(x, along, level)
+        return strong + (self.scale - 1) * (strong - weak)
 
     def for_run(self) -> Self:
         """A copy that remembers the pushes of one run alone, where there is momentum."""
@@ -131,6 +149,13 @@ class Guided(Wrapper):
         new = copy.copy(new)
         new._memory = _Memory()
         return new
+
+    def _pushed(self, strong: Tensor, weak: Tensor) -> Tensor:
+        push = strong - weak
+        if self.projection is not None:
+            push = self._projected(push, strong, self.projection)
+        guided = strong + (self.scale - 1) * push
+        return _with_std_of(strong, guided, self.rescale) if self.rescale else guided
 
     def _acts(self, level: Level) -> bool:
         return self.interval is None or self.interval[0] < level.ratio <= self.interval[1]
@@ -189,6 +214,17 @@ class ClassifierFree(Guided):
 
     def pair(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """The conditional and the unconditional estimate."""
+        strong, weak = self._both(x)(torch.cat([x, x]), level).chunk(2)
+        return strong, weak
+
+    def derivative_pair(self, x: Tensor, along: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        """The derivatives of both."""
+        both = self._both(x).derivative(torch.cat([x, x]), torch.cat([along, along]), level)
+        strong, weak = both.chunk(2)
+        return strong, weak
+
+    def _both(self, x: Tensor) -> BaseDenoiser:
+        """The denoiser for the batch twice, with and without the condition."""
         both = {
             name: torch.cat(
                 [
@@ -199,8 +235,7 @@ class ClassifierFree(Guided):
             for name, value in self.inner.conditions.items()
             if isinstance(value, Tensor) and value.ndim
         }
-        strong, weak = self.inner.with_conditions(**both)(torch.cat([x, x]), level).chunk(2)
-        return strong, weak
+        return self.inner.with_conditions(**both)
 
 
 class AutoGuided(Guided):
@@ -237,6 +272,10 @@ class AutoGuided(Guided):
     def pair(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """The model's estimate and the weaker model's."""
         return self.inner(x, level), self.weak(x, level)
+
+    def derivative_pair(self, x: Tensor, along: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        """The derivatives of both."""
+        return self.inner.derivative(x, along, level), self.weak.derivative(x, along, level)
 
     def with_conditions(self, **conditions: Any) -> Self:
         """Both models with these conditions."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 
 from torch import Tensor
 
@@ -11,7 +12,24 @@ from fewstep.errors import InvalidInputError
 from fewstep.process import Level
 
 
-class Clipped(Wrapper):
+class Limit(Wrapper):
+    """What the limits on an estimate share."""
+
+    @abstractmethod
+    def limited(self, denoised: Tensor) -> Tensor:
+        """The estimate inside the limits."""
+
+    def __call__(self, x: Tensor, level: Level) -> Tensor:
+        """The limited estimate, in x's shape."""
+        return self.limited(self.inner(x, level))
+
+    def guided_pair(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        """Both estimates, limited."""
+        guided, weak = self.inner.guided_pair(x, level)
+        return self.limited(guided), self.limited(weak)
+
+
+class Clipped(Limit):
     """Clip the estimate of x_0 to a range: `min(max(D, low), high)`.
 
     Args:
@@ -33,12 +51,12 @@ class Clipped(Wrapper):
             )
         self.low, self.high = low, high
 
-    def __call__(self, x: Tensor, level: Level) -> Tensor:
+    def limited(self, denoised: Tensor) -> Tensor:
         """The clipped estimate."""
-        return self.inner(x, level).clamp(self.low, self.high)
+        return denoised.clamp(self.low, self.high)
 
 
-class DynamicThreshold(Wrapper):
+class DynamicThreshold(Limit):
     """Clip each image at its own quantile of `|D|` and scale it back to [-1, 1], where that quantile exceeds 1.
 
     With `s = min(max(quantile, 1), ceiling)`: `min(max(D, -s), s) / s`.
@@ -64,9 +82,8 @@ class DynamicThreshold(Wrapper):
             raise InvalidInputError(f"ceiling={ceiling} must be at least 1")
         self.quantile, self.ceiling = quantile, ceiling
 
-    def __call__(self, x: Tensor, level: Level) -> Tensor:
+    def limited(self, denoised: Tensor) -> Tensor:
         """The thresholded estimate, inside [-1, 1]."""
-        denoised = self.inner(x, level)
         rows = denoised.reshape(len(denoised), -1)
         limit = rows.abs().quantile(self.quantile, dim=1).clamp(1.0, self.ceiling)
         limit = limit.view(-1, *(1,) * (denoised.ndim - 1))

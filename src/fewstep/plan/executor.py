@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from fewstep.errors import InvalidInputError, NonFiniteError
-from fewstep.plan.instructions import Combine, Denoise, Draw, Evaluate
+from fewstep.errors import InvalidInputError, NonFiniteError, no_guidance, not_differentiable
+from fewstep.plan.instructions import Combine, Denoise, Differentiate, Draw, Evaluate
 from fewstep.plan.lowering import Operation
 from fewstep.process import Level
 
@@ -59,18 +59,10 @@ def execute(
     on_step: Callable[[Progress], None] | None,
 ) -> Tensor:
     """Run a Plan; see `Plan.run`."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise InvalidInputError(
-            "x must be a floating-point tensor: the point at the first level of the grid"
-        )
-    if plan.draws and noise is None:
-        raise InvalidInputError(
-            f"{plan.name} draws noise {plan.draws} times; give noise=fewstep.Noise(seeds, shape)"
-        )
+    x = checked_start(plan.name, x, draws=plan.draws, noise=noise)
     if hasattr(denoiser, "for_run"):
         denoiser = denoiser.for_run()  # type: ignore[attr-defined]
     operations = plan.lowered(getattr(denoiser, "parameterisation", None))
-    x = x if x.dtype == torch.float64 else x.float()
     return _Run(plan, denoiser, noise, on_step, _Guard(plan, x)).loop(operations, x)
 
 
@@ -104,14 +96,21 @@ class _Run:
                 for register, weight in rest:
                     value.add_(values[register], alpha=weight)
             elif kind is Draw:
-                value = self._draw(what, x)
+                value = drawn(self.noise, what, x)
                 guard.recent.append((what, call, value))
             else:
                 point = values[first]
                 call += 1
                 if call % guard.every == 0:
                     guard.check(point)
-                value = self._evaluate(what, point)
+                if kind is Evaluate:
+                    value = self.denoiser.output(point, what.level)
+                elif kind is Differentiate:
+                    value = derivative(self.denoiser, point, values[what.along], what.level)
+                elif what.weak is None:
+                    value = estimate(self.denoiser, point, what.level)
+                else:
+                    value, values[what.weak] = guided_pair(self.denoiser, point, what.level)
                 guard.recent.append((what, call, value))
                 if self.on_step is not None:
                     self._report(what, point, value, call)
@@ -122,33 +121,71 @@ class _Run:
         guard.check(result)
         return result
 
-    def _evaluate(self, what: Evaluate | Denoise, point: Tensor) -> Tensor:
-        denoiser = self.denoiser
-        if type(what) is Evaluate:
-            return denoiser.output(point, what.level)
-        value = denoiser(point, what.level)
-        if value.shape != point.shape:
-            raise InvalidInputError(
-                f"the denoiser gave the shape {tuple(value.shape)} for a point of shape {tuple(point.shape)}; "
-                "it must give an estimate of x_0 in the shape of the point"
-            )
-        return value if value.dtype == point.dtype else value.to(point.dtype)
-
-    def _draw(self, draw: Draw, x: Tensor) -> Tensor:
-        assert self.noise is not None
-        z = self.noise(draw.start, draw.end)
-        if getattr(z, "shape", None) != x.shape:
-            raise InvalidInputError(
-                f"the noise source gave {_shape(z)}; it must give a tensor of the state's shape {tuple(x.shape)}"
-            )
-        return z.to(x)
-
-    def _report(self, what: Evaluate | Denoise, x: Tensor, value: Tensor, call: int) -> None:
+    def _report(
+        self, what: Evaluate | Denoise | Differentiate, x: Tensor, value: Tensor, call: int
+    ) -> None:
         assert self.on_step is not None
+        if isinstance(what, Differentiate):
+            return
         if isinstance(what, Evaluate):
             skip, out = self.denoiser.parameterisation.skip_out(what.level)
             value = skip * x + out * value
         self.on_step(Progress(call, self.plan.calls, what.level, x, value))
+
+
+def checked_start(name: str, x: object, *, draws: int, noise: NoiseSource | None) -> Tensor:
+    """The start in the type of the state, float32 or float64.
+
+    Raises:
+        InvalidInputError: If x is no floating-point tensor, or noise is needed and missing.
+    """
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise InvalidInputError(
+            "x must be a floating-point tensor: the point at the first level of the grid"
+        )
+    if draws and noise is None:
+        raise InvalidInputError(
+            f"{name} draws noise {draws} times; give noise=fewstep.Noise(seeds, shape)"
+        )
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def estimate(denoiser: Any, point: Tensor, level: Level) -> Tensor:
+    """The denoiser's estimate of x_0, in the shape and type of the point."""
+    value = denoiser(point, level)
+    if value.shape != point.shape:
+        raise InvalidInputError(
+            f"the denoiser gave the shape {tuple(value.shape)} for a point of shape {tuple(point.shape)}; "
+            "it must give an estimate of x_0 in the shape of the point"
+        )
+    return value if value.dtype == point.dtype else value.to(point.dtype)
+
+
+def guided_pair(denoiser: Any, point: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+    """The guided and the weak estimate of a guided denoiser."""
+    if not hasattr(denoiser, "guided_pair"):
+        raise no_guidance(type(denoiser).__name__)
+    guided, weak = denoiser.guided_pair(point, level)
+    return guided.to(point.dtype), weak.to(point.dtype)
+
+
+def derivative(denoiser: Any, point: Tensor, along: Tensor, level: Level) -> Tensor:
+    """The derivative of the estimate along a direction."""
+    if not hasattr(denoiser, "derivative"):
+        raise not_differentiable(type(denoiser).__name__, "it is a plain function")
+    return denoiser.derivative(point, along, level).to(point.dtype)
+
+
+def drawn(noise: NoiseSource | None, draw: Draw, x: Tensor) -> Tensor:
+    """The noise of a draw, in the type and place of the state."""
+    assert noise is not None
+    source = noise.on_lap(draw.lap) if draw.lap and hasattr(noise, "on_lap") else noise  # type: ignore[attr-defined]
+    z = source(draw.start, draw.end)
+    if getattr(z, "shape", None) != x.shape:
+        raise InvalidInputError(
+            f"the noise source gave {_shape(z)}; it must give a tensor of the state's shape {tuple(x.shape)}"
+        )
+    return z.to(x)
 
 
 class _Guard:
@@ -161,7 +198,7 @@ class _Guard:
     def __init__(self, plan: Plan, x: Tensor) -> None:
         self.plan = plan
         self.every = LOOK_EVERY if x.numel() < LARGE else 1
-        self.recent: list[tuple[Evaluate | Denoise | Draw, int, Tensor]] = []
+        self.recent: list[tuple[Evaluate | Denoise | Differentiate | Draw, int, Tensor]] = []
 
     def check(self, point: Tensor) -> None:
         """Look at the point, and at what led to it if that is not finite."""

@@ -13,7 +13,16 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from fewstep.plan.instructions import Combine, Denoise, Draw, Evaluate, Instruction, reads
+from fewstep.plan.instructions import (
+    Combine,
+    Denoise,
+    Differentiate,
+    Draw,
+    Evaluate,
+    Instruction,
+    reads,
+    writes,
+)
 from fewstep.process import Level
 
 
@@ -29,7 +38,7 @@ class Operation(NamedTuple):
     """One thing for the executor to do, laid out for its loop.
 
     Attributes:
-        kind: Combine, Draw, Denoise or Evaluate.
+        kind: The instruction's type.
         what: The instruction itself.
         first: The register that a sum starts from, or the point that is evaluated.
         factor: The coefficient of the first register of a sum, None for 1; then there is at least one more term.
@@ -57,8 +66,7 @@ def lower(
     operations = []
     for k, instruction in enumerate(folded):
         dead = {r for r in reads(instruction) if last_use[r] == k}
-        if instruction.out not in last_use:
-            dead.add(instruction.out)
+        dead.update(r for r in writes(instruction) if r not in last_use)
         operations.append(
             Operation(
                 type(instruction),
@@ -78,12 +86,12 @@ def _fold(
     for instruction in program:
         for register in reads(instruction):
             readers.setdefault(register, []).append(instruction)
-    fresh = 1 + max((i.out for i in program), default=0)
+    fresh = 1 + max((r for i in program for r in writes(i)), default=0)
     substitutes: dict[int, tuple[tuple[int, float], tuple[int, float]]] = {}
     lowered: list[Instruction | Evaluate] = []
     for instruction in program:
         match instruction:
-            case Denoise(estimate, point, level):
+            case Denoise(estimate, point, level, weak=None):
                 skip, out = form.skip_out(level)
                 if (skip, out) == (0.0, 1.0):  # the output is the estimate
                     lowered.append(Evaluate(estimate, point, level))
@@ -97,7 +105,7 @@ def _fold(
                     lowered.append(Combine(estimate, substitute))
             case Combine(out, terms):
                 lowered.append(Combine(out, _substituted(terms, substitutes)))
-            case Draw():
+            case _:
                 lowered.append(instruction)
     return lowered
 
@@ -131,7 +139,7 @@ def _start(
             (register, c), *rest = sorted(terms, key=lambda term: abs(term[1] - 1.0) > 4e-16)
             unit = abs(c - 1.0) <= 4e-16 and len(rest) > 0
             return register, None if unit else torch.tensor(c, dtype=torch.float64), tuple(rest)
-        case Denoise(point=point) | Evaluate(point=point):
+        case Denoise(point=point) | Differentiate(point=point) | Evaluate(point=point):
             return point, None, ()
         case Draw():
             return 0, None, ()

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from fewstep.errors import InvalidInputError
 from fewstep.plan.executor import DenoiserLike, NoiseSource, Progress, execute
-from fewstep.plan.instructions import Combine, Denoise, Draw, Instruction, reads
+from fewstep.plan.instructions import (
+    CALLS,
+    Combine,
+    Denoise,
+    Differentiate,
+    Draw,
+    Instruction,
+    reads,
+    writes,
+)
 from fewstep.plan.lowering import LinearForm, Operation, lower
 from fewstep.plan.rules import broken_rules
 from fewstep.plan.tape import Tape, Vector
@@ -90,7 +99,7 @@ class Plan:
     @cached_property
     def calls(self) -> int:
         """Network calls for one sample; a guided denoiser's second half is not counted."""
-        return sum(isinstance(i, Denoise) for i in self.instructions)
+        return sum(isinstance(i, CALLS) for i in self.instructions)
 
     @cached_property
     def draws(self) -> int:
@@ -276,14 +285,14 @@ def _fault(program: Sequence[Instruction], result: int, levels: Sequence[Level])
     for k, instruction in enumerate(program):
         if missing := [r for r in reads(instruction) if r not in written]:
             return f"instruction {k} reads register {missing[0]} before it is written"
-        if instruction.out in written:
-            return f"instruction {k} writes register {instruction.out} again"
+        if again := [r for r in writes(instruction) if r in written]:
+            return f"instruction {k} writes register {again[0]} again"
         if isinstance(instruction, Combine):
             if not instruction.terms:
                 return f"instruction {k} adds up nothing"
             if bad := [c for _, c in instruction.terms if not math.isfinite(c)]:
                 return f"instruction {k} has the coefficient {bad[0]}; all must be finite"
-        written.add(instruction.out)
+        written.update(writes(instruction))
     return None if result in written else f"the result register {result} is never written"
 
 
@@ -306,10 +315,12 @@ def _row(instruction: Instruction, index: dict[Level, int]) -> list[Any]:
     match instruction:
         case Combine(out, terms):
             return ["combine", out, [[register, c] for register, c in terms]]
-        case Denoise(out, point, level):
-            return ["denoise", out, point, place(level)]
-        case Draw(out, start, end):
-            return ["draw", out, place(start), place(end)]
+        case Denoise(out, point, level, weak):
+            return ["denoise", out, point, place(level), *([] if weak is None else [weak])]
+        case Differentiate(out, point, along, level):
+            return ["differentiate", out, point, along, place(level)]
+        case Draw(out, start, end, lap):
+            return ["draw", out, place(start), place(end), *([lap] if lap else [])]
 
 
 def _pick(levels: list[Level], index: int) -> Level:
@@ -324,7 +335,13 @@ def _instruction(row: Any, levels: list[Level]) -> Instruction:
             return Combine(out, tuple((int(register), float(c)) for register, c in terms))
         case ["denoise", int(out), int(point), int(level)]:
             return Denoise(out, point, _pick(levels, level))
+        case ["denoise", int(out), int(point), int(level), int(weak)]:
+            return Denoise(out, point, _pick(levels, level), weak)
+        case ["differentiate", int(out), int(point), int(along), int(level)]:
+            return Differentiate(out, point, along, _pick(levels, level))
         case ["draw", int(out), int(start), int(end)]:
             return Draw(out, _pick(levels, start), _pick(levels, end))
+        case ["draw", int(out), int(start), int(end), int(lap)]:
+            return Draw(out, _pick(levels, start), _pick(levels, end), lap)
         case _:
             raise InvalidInputError(f"malformed plan: {row!r} is not an instruction")

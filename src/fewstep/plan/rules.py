@@ -13,7 +13,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fewstep.plan.instructions import Combine, Denoise, Draw, Instruction, reads
+from fewstep.plan.instructions import (
+    CALLS,
+    Combine,
+    Denoise,
+    Differentiate,
+    Draw,
+    Instruction,
+    reads,
+    writes,
+)
 from fewstep.process import Level
 
 TOLERANCE = 1e-8
@@ -29,7 +38,8 @@ class Row:
         name: Which point it is.
         level: The level it belongs to.
         start: Coefficient on the start.
-        outputs: Coefficients on the network outputs, in the order of the calls.
+        outputs: Coefficients on the estimates of x_0, in the order of the calls; a guided pair has two.
+        slopes: Coefficients on the derivatives of the estimate, which vanish on a data set of one point.
         draws: Coefficients on the noise draws, in order.
     """
 
@@ -37,33 +47,35 @@ class Row:
     level: Level
     start: float
     outputs: np.ndarray
+    slopes: np.ndarray
     draws: np.ndarray
 
 
 def expand(program: Sequence[Instruction], result: int, last: Level) -> Iterator[Row]:
     """Write every evaluated point, and the result, out in the start, the outputs and the draws."""
-    calls = sum(isinstance(i, Denoise) for i in program)
-    draws = sum(isinstance(i, Draw) for i in program)
-    size = 1 + calls + draws
+    outputs = [r for i in program if isinstance(i, Denoise) for r in writes(i)]
+    slopes = [i.out for i in program if isinstance(i, Differentiate)]
+    draws = [i.out for i in program if isinstance(i, Draw)]
+    columns = {register: k for k, register in enumerate([0, *outputs, *slopes, *draws])}
+    parts = np.cumsum([1, len(outputs), len(slopes)])
     last_use = {register: k for k, i in enumerate(program) for register in reads(i)}
-    rows = {0: np.eye(1, size)[0]}
-    next_call, next_draw = 1, 1 + calls
+    rows = {0: np.eye(1, len(columns))[0]}
 
     def row(name: str, register: int, level: Level) -> Row:
-        r = rows[register]
-        return Row(name, level, float(r[0]), r[1 : 1 + calls], r[1 + calls :])
+        start, *others = np.split(rows[register], parts)
+        return Row(name, level, float(start[0]), *others)
 
+    call = 0
     for k, instruction in enumerate(program):
-        match instruction:
-            case Combine(out, terms):
-                rows[out] = np.sum([c * rows[register] for register, c in terms], axis=0)
-            case Denoise(out, point, level):
-                yield row(f"the point of network call {next_call}", point, level)
-                rows[out] = np.eye(1, size, next_call)[0]
-                next_call += 1
-            case Draw(out):
-                rows[out] = np.eye(1, size, next_draw)[0]
-                next_draw += 1
+        if isinstance(instruction, CALLS):
+            call += 1
+            yield row(f"the point of network call {call}", instruction.point, instruction.level)
+        if isinstance(instruction, Combine):
+            terms = [c * rows[register] for register, c in instruction.terms]
+            rows[instruction.out] = np.sum(terms, axis=0)
+        else:
+            for register in writes(instruction):
+                rows[register] = np.eye(1, len(columns), columns[register])[0]
         for register in reads(instruction):
             if last_use[register] == k and register != result:
                 rows.pop(register, None)

@@ -5,7 +5,16 @@ from __future__ import annotations
 import math
 
 from fewstep.errors import InvalidInputError
-from fewstep.plan.instructions import Combine, Denoise, Draw, Instruction, reads
+from fewstep.plan.instructions import (
+    CALLS,
+    Combine,
+    Denoise,
+    Differentiate,
+    Draw,
+    Instruction,
+    reads,
+    writes,
+)
 from fewstep.process import Level
 
 
@@ -67,16 +76,26 @@ class Tape:
 
     def denoise(self, x: Vector, level: Level) -> Vector:
         """Estimate x_0 from the point x at a level: one network call."""
-        if level.is_clean:
-            raise InvalidInputError(
-                "a clean level (sigma = 0) cannot be denoised; use the last estimate instead"
-            )
-        point = self._settle(x)
+        point = self._point(x, level)
         return self._record(Denoise(self._new(), point, level))
 
-    def noise(self, start: Level, end: Level) -> Vector:
-        """A standard normal tensor that belongs to the path between two levels."""
-        return self._record(Draw(self._new(), start, end))
+    def denoise_pair(self, x: Vector, level: Level) -> tuple[Vector, Vector]:
+        """The guided estimate of x_0 and the weak one that guidance pushes away from: one call of a guided denoiser."""
+        point = self._point(x, level)
+        call = Denoise(self._new(), point, level, weak=self._new())
+        return self._record(call), Vector({writes(call)[1]: 1.0})
+
+    def derivative(self, x: Vector, along: Vector, level: Level) -> Vector:
+        """`dD/dlog_snr` at the point x when it moves along a direction, see `Differentiate`: one network call."""
+        point = self._point(x, level)
+        return self._record(Differentiate(self._new(), point, self._settle(along), level))
+
+    def noise(self, start: Level, end: Level, lap: int = 0) -> Vector:
+        """A standard normal tensor that belongs to the path between two levels.
+
+        A method that passes a stretch again, or draws twice on one, asks for another `lap`: a path of its own.
+        """
+        return self._record(Draw(self._new(), start, end, lap))
 
     def settle(self, x: Vector) -> Vector:
         """Give x a register of its own; for a point that is used again but never evaluated, so programs stay short."""
@@ -96,11 +115,18 @@ class Tape:
         result = self._settle(x)
         needed, kept = {result}, []
         for instruction in reversed(self.program):
-            if isinstance(instruction, Denoise) or instruction.out in needed:
+            if isinstance(instruction, CALLS) or instruction.out in needed:
                 needed.update(reads(instruction))
                 kept.append(instruction)
         self.program = kept[::-1]
         return result
+
+    def _point(self, x: Vector, level: Level) -> int:
+        if level.is_clean:
+            raise InvalidInputError(
+                "a clean level (sigma = 0) cannot be denoised; use the last estimate instead"
+            )
+        return self._settle(x)
 
     def _new(self) -> int:
         self._registers += 1

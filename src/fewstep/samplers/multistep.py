@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Literal
 
 from fewstep.plan import Tape, Vector
 from fewstep.process import Level, log_snr_step
 from fewstep.registry import Option
 from fewstep.samplers.registry import sampler
-from fewstep.samplers.steps import (
-    Output,
-    exponential_moments,
-    exponential_step,
-    quadrature_weights,
-)
+from fewstep.samplers.steps import Output, exponential_rule, exponential_step
 from fewstep.schedulers import Grid
 
 
@@ -68,34 +64,26 @@ def unipc(
     for i, (t, s) in enumerate(grid.steps):
         newest = Output(t, tape.denoise(x, t))
         if last_step is not None:
-            x = tape.settle(_unified_step(*last_step, t, variant, corrector=newest))
+            x = tape.settle(_unified_step(*last_step, newest, t, variant))
         outputs.append(newest)
         remaining = len(grid.steps) - i
         p = min(order, remaining) if lower_order_final and grid.levels[-1].is_clean else order
         history = [] if s.is_clean else [o for o in outputs[-p:-1] if not o.level.is_pure_noise]
         last_step = None if t.is_pure_noise else (x, [newest, *history])
-        x = _unified_step(x, [newest, *history], s, variant)
+        x = _unified_step(x, [newest, *history], None, s, variant)
     return x
 
 
 def _unified_step(
-    x: Vector, history: list[Output], s: Level, variant: str, corrector: Output | None = None
+    x: Vector, history: list[Output], corrector: Output | None, s: Level, variant: str
 ) -> Vector:
-    """UniP, or with an output at s UniC: `(sigma_s / sigma_t) x + alpha_s (I_0 D_t + sum_j w_j (D_j - D_t))`.
+    """UniP, or with an output at s UniC: exact for D polynomial in log_snr.
 
-    The history begins with the output at t, where the step starts. The weights make the rule exact for D polynomial
-    in log_snr; a single weight is not solved for but taken as `B(h) / 2`, as published.
+    A single weight is not solved for but taken as `B(h) / 2`, as published.
     """
-    current, *others = history if corrector is None else [*history, corrector]
-    t = current.level
-    h = log_snr_step(t, s)
-    nodes = [log_snr_step(t, o.level) / h for o in others]
-    moments = exponential_moments(h, len(others) + 1)
-    if len(others) == 1:
-        weights = [(h if variant == "bh1" else moments[0]) / 2]
-    else:
-        weights = quadrature_weights(nodes, moments[1:])
-    x = exponential_step(x, current.value, t, s)
-    for weight, node, output in zip(weights, nodes, others, strict=True):
-        x = x + s.alpha * weight / node * (output.value - current.value)
-    return x
+    outputs = history if corrector is None else [*history, corrector]
+    if len(outputs) != 2:
+        return exponential_rule(x, outputs, s)
+    h = log_snr_step(outputs[0].level, s)
+    moment = h if variant == "bh1" else -math.expm1(-h)
+    return exponential_rule(x, outputs, s, moments=[moment / 2])

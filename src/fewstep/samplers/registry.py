@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from fewstep.errors import InvalidInputError
-from fewstep.plan import Plan, Vector, trace
+from fewstep.plan import EagerPlan, Plan, Vector, trace
 from fewstep.registry import Entry, Registry
 from fewstep.schedulers import Grid
+
+Family = Literal["ODE", "SDE", "implicit", "momentum", "adaptive", "distilled"]
+Need = Literal["guided pair", "differentiable network", "predictor", "statistics"]
 
 
 @dataclass(frozen=True)
@@ -17,34 +20,44 @@ class SamplerEntry(Entry):
     """A sampler's metadata.
 
     Attributes:
-        family: "ODE" or "SDE".
-        order: Order of convergence with the default options, weak order for an SDE.
+        family: "ODE" and "SDE" for explicit methods, "implicit" for predictor-correctors and what can be run backwards
+            exactly, "momentum" for those that smooth their steps, "adaptive" for those that choose steps by the data,
+            "distilled" for those made for consistency and similar models.
+        order: Order of convergence with the default options, weak order for those that draw noise; 0 where there is
+            none, since the method does not converge to the ODE's or the SDE's solution.
         calls_per_step: Network calls for each step but the last.
         stochastic: Whether the default options draw noise.
+        needs: What it asks of the model beyond an estimate of x_0.
+        mistake: What is mistaken in the published formula, if anything; the option `corrected` mends it.
+        corrected_order: Order of convergence with `corrected`.
+        eager: Whether it runs without a table, because its steps depend on the data.
     """
 
-    family: Literal["ODE", "SDE"] = "ODE"
+    family: Family = "ODE"
     order: int = 1
     calls_per_step: int = 1
     stochastic: bool = False
+    needs: tuple[Need, ...] = ()
+    mistake: str = ""
+    corrected_order: int | None = None
+    eager: bool = False
 
 
 SAMPLERS: Registry[SamplerEntry] = Registry("sampler", SamplerEntry)
+SamplerFunction = TypeVar("SamplerFunction", bound=Callable[..., Any])
 
 
-def sampler(
-    name: str, **metadata: Any
-) -> Callable[[Callable[..., Vector]], Callable[..., Vector]]:
+def sampler(name: str, **metadata: Any) -> Callable[[SamplerFunction], SamplerFunction]:
     """Register `(tape, grid, **options) -> Vector` under a name, with title, paper, order, aliases..."""
 
-    def register(function: Callable[..., Vector]) -> Callable[..., Vector]:
+    def register(function: SamplerFunction) -> SamplerFunction:
         SAMPLERS.add(name, function, **metadata)
         return function
 
     return register
 
 
-def plan(sampler: str | Callable[..., Vector], grid: Grid, **options: Any) -> Plan:
+def plan(sampler: str | Callable[..., Vector], grid: Grid, **options: Any) -> Plan | EagerPlan:
     """Trace a sampler on a grid.
 
     Args:
@@ -53,7 +66,8 @@ def plan(sampler: str | Callable[..., Vector], grid: Grid, **options: Any) -> Pl
         options: The sampler's options.
 
     Returns:
-        The Plan; run it with `plan.run(denoiser, x, noise)`.
+        The Plan; run it with `plan.run(denoiser, x, noise)`. For a sampler whose steps depend on the data, an
+        `EagerPlan`, which runs likewise.
 
     Raises:
         UnknownNameError: If there is no such sampler or option.
@@ -71,4 +85,7 @@ def plan(sampler: str | Callable[..., Vector], grid: Grid, **options: Any) -> Pl
     if callable(sampler):
         return trace(sampler, grid, getattr(sampler, "__name__", "custom"), **options)
     entry = SAMPLERS.find(sampler)
-    return trace(entry.function, grid, entry.name, **entry.resolve(options))
+    resolved = entry.resolve(options)
+    if entry.eager:
+        return EagerPlan(entry.function, grid, entry.name, resolved)
+    return trace(entry.function, grid, entry.name, **resolved)
