@@ -9,8 +9,8 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Generic, Literal, TypeVar, get_args, get_origin, get_type_hints
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from fewstep.errors import InvalidInputError, unknown_name
 
@@ -86,6 +86,7 @@ class Entry:
         title: The name as papers and menus write it.
         paper: Where it comes from.
         aliases: Other names that find it.
+        presets: Names that find it with other defaults: for each the options that differ.
         function: What it does.
         summary: First line of its docstring.
         options: Its options.
@@ -96,6 +97,7 @@ class Entry:
     paper: str
     function: Callable[..., Any]
     aliases: tuple[str, ...] = ()
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     summary: str = ""
     options: tuple[Option, ...] = ()
 
@@ -114,6 +116,17 @@ class Entry:
             name: option.checked(given[name], self.name) if name in given else option.default
             for name, option in known.items()
         }
+
+    def preset(self, given: Mapping[str, Any]) -> Self:
+        """The entry with other defaults.
+
+        Raises:
+            UnknownNameError: If an option does not exist.
+            InvalidInputError: If a value is not legal.
+        """
+        defaults = self.resolve(given)
+        options = [dataclasses.replace(o, default=defaults[o.name]) for o in self.options]
+        return dataclasses.replace(self, options=tuple(options))
 
 
 EntryT = TypeVar("EntryT", bound=Entry)
@@ -137,18 +150,22 @@ class Registry(Generic[EntryT]):
             options=tuple(_options(function)),
             **metadata,
         )
-        spellings = {_key(spelling): spelling for spelling in (name, entry.title, *entry.aliases)}
-        for key, spelling in spellings.items():
-            if key in self._by_key:
+        meanings = [(spelling, entry) for spelling in (name, entry.title, *entry.aliases)]
+        meanings += [(preset, entry.preset(given)) for preset, given in entry.presets.items()]
+        by_key: dict[str, EntryT] = {}
+        for spelling, meaning in meanings:
+            taken = self._by_key.get(_key(spelling)) or by_key.get(_key(spelling))
+            if taken is not None and taken is not meaning:
                 raise InvalidInputError(
-                    f"{self.kind} name {spelling!r} of {name} is taken by {self._by_key[key].name}; choose another"
+                    f"{self.kind} name {spelling!r} of {name} is taken by {taken.name}; choose another"
                 )
+            by_key[_key(spelling)] = meaning
         self._entries[name] = entry
-        self._by_key.update(dict.fromkeys(spellings, entry))
+        self._by_key.update(by_key)
         return entry
 
     def find(self, name: str) -> EntryT:
-        """The entry of that name or alias.
+        """The entry of that name or alias; of a preset's name, the entry with the preset's defaults.
 
         Raises:
             UnknownNameError: With the nearest names.

@@ -7,16 +7,10 @@ from typing import Annotated, Literal
 from fewstep.plan import Tape, Vector
 from fewstep.process import forward_kernel, posterior
 from fewstep.registry import Option
+from fewstep.samplers.options import AncestralEta, NoiseFactor
 from fewstep.samplers.registry import sampler
 from fewstep.samplers.steps import ancestral_split, noise_estimate, renoised
 from fewstep.schedulers import Grid
-
-Eta = Annotated[
-    float,
-    Option(
-        "share of fresh noise: 0 is deterministic, 1 the posterior of the forward process", 0, 10
-    ),
-]
 
 
 @sampler(
@@ -55,7 +49,7 @@ def ddpm(
     paper="Song, Meng, Ermon 2021, arXiv:2010.02502",
     aliases=("DDIMScheduler",),
 )
-def ddim(tape: Tape, grid: Grid, eta: Eta = 0.0) -> Vector:
+def ddim(tape: Tape, grid: Grid, eta: AncestralEta = 0.0) -> Vector:
     """Deterministic for eta = 0, and then the same as Euler in sigma/alpha; DDPM for eta = 1."""
     return euler_ancestral(tape, grid, eta=eta)
 
@@ -71,10 +65,8 @@ def ddim(tape: Tape, grid: Grid, eta: Eta = 0.0) -> Vector:
 def euler_ancestral(
     tape: Tape,
     grid: Grid,
-    eta: Eta = 1.0,
-    s_noise: Annotated[
-        float, Option("factor on the fresh noise; anything but 1 changes the noise level", 0, 10)
-    ] = 1.0,
+    eta: AncestralEta = 1.0,
+    s_noise: NoiseFactor = 1.0,
 ) -> Vector:
     """An Euler step to the kept part of the noise, then fresh noise up to the level."""
     if s_noise != 1.0 and eta > 0:

@@ -158,8 +158,8 @@ def exponential_rule(
 
     Data form: `(sigma_s / sigma_t) e^(-eta h) x + alpha_s (I_0 D_t + sum_j w_j / theta_j (D_j - D_t))`, where `I_k(H)`
     with `H = (1 + eta) h`. Noise form: `(alpha_s / alpha_t) x + sigma_s (I_0 e_t + sum_j w_j / theta_j (e_j - e_t))`,
-    where `I_k(-h)`. `theta_j` is the place of output j, 0 at t and 1 at s; it may be behind (multistep), between (singlestep)
-    or at s (corrector).
+    where `I_k(-h)`. `theta_j` is the place of output j, 0 at t and 1 at s; it may be behind (multistep), between
+    (singlestep) or at s (corrector).
 
     Args:
         x: The point at t.
