@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -85,19 +85,40 @@ class Denoiser(BaseDenoiser):
 
     def output(self, x: Tensor, level: Level) -> Tensor:
         """The network's own output at a point, in x's shape and type; the network runs in its own type."""
-        scale = self._parameterisation.input_scale(level)
-        inputs = x if scale == 1.0 else x * scale
+        return self.outputs(x, (level,))(x)
+
+    def outputs(self, x: Tensor, levels: Sequence[Level]) -> Callable[[Tensor], Tensor]:
+        """The network's own outputs at these levels, one after the other, as a function of the point.
+
+        What the calls have in common is worked out here, once.
+
+        Args:
+            x: Any point of the run, shape (B, ...).
+            levels: The level of each call to come.
+
+        Returns:
+            To be called with the point of the first level, then of the second...
+        """
+        form, network, conditions = self._parameterisation, self.network, self._conditions
         weight = self._first_weight()
-        if weight is not None and weight.dtype != x.dtype:
-            inputs = inputs.to(weight.dtype)
+        own = x.dtype if weight is None else weight.dtype
         # Times never go below float32: bfloat16 does not tell 999 from 1000.
-        t = x.new_full(
-            (x.shape[0],),
-            self._parameterisation.time(level),
-            dtype=torch.float64 if inputs.dtype == torch.float64 else torch.float32,
-        )
-        output = self._called(inputs, t)
-        return output if output.dtype == x.dtype else output.to(x.dtype)
+        kind = torch.float64 if own == torch.float64 else torch.float32
+        column = torch.tensor([form.time(level) for level in levels], dtype=kind, device=x.device)
+        times = iter(column.unsqueeze(1).repeat(1, x.shape[0]).unbind())
+        scales = iter([form.input_scale(level) for level in levels])
+
+        def output(point: Tensor) -> Tensor:
+            scale = next(scales)
+            inputs = point if scale == 1.0 else point * scale
+            if inputs.dtype != own:
+                inputs = inputs.to(own)
+            value = network(inputs, next(times), **conditions)
+            if not isinstance(value, Tensor) or value.shape != point.shape:
+                value = _without_variance(value, point)
+            return value if value.dtype == point.dtype else value.to(point.dtype)
+
+        return output
 
     def derivative(self, x: Tensor, along: Tensor, level: Level) -> Tensor:
         """`dD/dlog_snr` by differentiating the network; see `BaseDenoiser`.

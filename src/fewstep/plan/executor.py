@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fewstep.errors import InvalidInputError, NonFiniteError, no_guidance, not_differentiable
 from fewstep.plan.instructions import Combine, Denoise, Differentiate, Draw, Evaluate
-from fewstep.plan.lowering import Operation
+from fewstep.plan.lowering import Program
 from fewstep.process import Level
 
 if TYPE_CHECKING:
@@ -62,12 +62,12 @@ def execute(
     x = checked_start(plan.name, x, draws=plan.draws, noise=noise)
     if hasattr(denoiser, "for_run"):
         denoiser = denoiser.for_run()  # type: ignore[attr-defined]
-    operations = plan.lowered(getattr(denoiser, "parameterisation", None))
-    return _Run(plan, denoiser, noise, on_step, _Guard(plan, x)).loop(operations, x)
+    program = plan.lowered(getattr(denoiser, "parameterisation", None))
+    return _Run(plan, denoiser, noise, on_step, _Guard(plan, x)).loop(program, x)
 
 
 class _Run:
-    """One run of a Plan: everything that changes lives here and in the registers of `loop`."""
+    """One run of a Plan: everything that changes lives here and in the slots of `loop`."""
 
     def __init__(
         self,
@@ -80,44 +80,43 @@ class _Run:
         self.plan, self.denoiser, self.noise = plan, denoiser, noise
         self.on_step, self.guard = on_step, guard
 
-    def loop(self, operations: Sequence[Operation], x: Tensor) -> Tensor:
+    def loop(self, program: Program, x: Tensor) -> Tensor:
         what: Any  # the kind beside it says which
-        values: dict[int, Tensor] = {0: x}
+        slots: list[Any] = [x] + [None] * (program.slots - 1)
+        output = self.denoiser.outputs(x, program.evaluated) if program.evaluated else None
         guard, call = self.guard, 0
         guard.check(x)
-        for kind, what, first, factor, rest, out, dead in operations:
+        for kind, what, first, factor, rest, out, second in program.operations:
             if kind is Combine:
                 if factor is None:
-                    second, weight = rest[0]
-                    value = torch.add(values[first], values[second], alpha=weight)
+                    other, weight = rest[0]
+                    value = torch.add(slots[first], slots[other], alpha=weight)
                     rest = rest[1:]
                 else:
-                    value = values[first] * factor
-                for register, weight in rest:
-                    value.add_(values[register], alpha=weight)
+                    value = slots[first] * factor
+                for other, weight in rest:
+                    value.add_(slots[other], alpha=weight)
             elif kind is Draw:
                 value = drawn(self.noise, what, x)
                 guard.recent.append((what, call, value))
             else:
-                point = values[first]
+                point = slots[first]
                 call += 1
                 if call % guard.every == 0:
                     guard.check(point)
                 if kind is Evaluate:
-                    value = self.denoiser.output(point, what.level)
+                    value = output(point)  # type: ignore[misc]
                 elif kind is Differentiate:
-                    value = derivative(self.denoiser, point, values[what.along], what.level)
+                    value = derivative(self.denoiser, point, slots[second], what.level)
                 elif what.weak is None:
                     value = estimate(self.denoiser, point, what.level)
                 else:
-                    value, values[what.weak] = guided_pair(self.denoiser, point, what.level)
+                    value, slots[second] = guided_pair(self.denoiser, point, what.level)
                 guard.recent.append((what, call, value))
                 if self.on_step is not None:
                     self._report(what, point, value, call)
-            values[out] = value
-            for register in dead:
-                del values[register]
-        result = values[self.plan.result]
+            slots[out] = value
+        result = slots[program.result]
         guard.check(result)
         return result
 

@@ -26,7 +26,7 @@ from fewstep.plan.instructions import (
     reads,
     writes,
 )
-from fewstep.plan.lowering import LinearForm, Operation, lower
+from fewstep.plan.lowering import LinearForm, Program, lower
 from fewstep.plan.rules import broken_rules
 from fewstep.plan.tape import Tape, Vector
 from fewstep.process import Level, Process, from_dict
@@ -106,14 +106,14 @@ class Plan:
         """Noise draws after the start; 0 means deterministic."""
         return sum(isinstance(i, Draw) for i in self.instructions)
 
-    def lowered(self, form: LinearForm | None) -> tuple[Operation, ...]:
+    def lowered(self, form: LinearForm | None) -> Program:
         """The program for networks of one kind; see `fewstep.plan.lowering`. Worked out once for each kind."""
         if form not in self._lowered:
             self._lowered[form] = lower(self.instructions, self.result, form)
         return self._lowered[form]
 
     @cached_property
-    def _lowered(self) -> dict[LinearForm | None, tuple[Operation, ...]]:
+    def _lowered(self) -> dict[LinearForm | None, Program]:
         return {}
 
     def run(
