@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import pytest
@@ -270,3 +271,65 @@ def test_one_hierarchy_that_builtin_handlers_catch_too() -> None:
         errors.CheckFailedError: AssertionError,
     }.items():
         assert issubclass(member, builtin)
+
+
+class Table:
+    """Something that is kept in files."""
+
+    @classmethod
+    def load(cls, path: str) -> Table:
+        if path != "there":
+            raise errors.CheckpointError(f"{path} does not exist")
+        return cls()
+
+
+def learned(
+    rule: Annotated[Callable[[float], float] | None, Option("any rule")] = None,
+    points: Annotated[tuple[float, ...], Option("points", 0, 1)] = (0.5,),
+    table: Annotated[Table | None, Option("a table")] = None,
+) -> None:
+    """Take what was learned."""
+
+
+def learned_entry() -> Entry:
+    made: Registry[Entry] = Registry("method", Entry)
+    return made.add("learned", learned, title="Learned", paper="none")
+
+
+def test_options_may_be_functions_lists_and_files() -> None:
+    entry = learned_entry()
+    assert entry.resolve({}) == {"rule": None, "points": [0.5], "table": None}
+    for given in ("0.25, 1", "[0.25, 1]", [0.25, 1], (0.25, 1.0)):
+        assert entry.resolve({"points": given})["points"] == [0.25, 1.0]
+    assert entry.resolve({"points": 1})["points"] == [1.0]
+    resolved = entry.resolve({"rule": math.sqrt, "table": "there"})
+    assert resolved["rule"] is math.sqrt
+    assert isinstance(resolved["table"], Table)
+    assert entry.resolve({"table": resolved["table"]}) == {**resolved, "rule": None}
+    assert entry.resolve({"rule": None, "table": None}) == entry.resolve({})
+
+
+def test_their_legal_values_are_said_in_words() -> None:
+    words = [option.allowed for option in learned_entry().options]
+    assert words == ["a function", "a list of numbers in 0..1", "a Table or the file of one"]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"rule": "sqrt"}, r"rule='sqrt' is not a function \(default None\)"),
+        ({"points": [0.5, 2]}, r"points=\[0.5, 2\] is not a list of numbers in 0..1"),
+        ({"points": []}, "is not a list of numbers"),
+        ({"points": "a,b"}, "is not a list of numbers"),
+        ({"points": None}, "is not a list of numbers"),
+        ({"points": math.nan}, "is not a list of numbers"),
+    ],
+)
+def test_other_values_are_refused(given: dict[str, object], message: str) -> None:
+    with pytest.raises(InvalidInputError, match=message):
+        learned_entry().resolve(given)
+
+
+def test_a_file_that_is_missing_says_so_itself() -> None:
+    with pytest.raises(errors.CheckpointError, match="nowhere does not exist"):
+        learned_entry().resolve({"table": "nowhere"})

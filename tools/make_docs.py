@@ -6,22 +6,29 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+from fewstep.plan import Plan
 from fewstep.process import vp_linear
-from fewstep.registry import Entry
+from fewstep.registry import Entry, Option
 from fewstep.samplers import SAMPLERS, SamplerEntry, plan
+from fewstep.samplers.registry import Family
 from fewstep.schedulers import SCHEDULERS, Grid, karras, make_grid
+from fewstep.testing import measured_order
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 NOTE = (
     "<!-- Written by tools/make_docs.py from the registry: change the code, then run it again. -->"
 )
 EXAMPLE_CALL_STEPS, EXAMPLE_LEVEL_STEPS = 10, 5
+CONVERGES = 0.5
+"""A measured order below this is none."""
 
 SAMPLERS_INTRO = """\
 # Samplers
@@ -42,13 +49,42 @@ assert fs.plan("DPM++ 2M", grid).sampler == "dpmpp_2m"
 fewstep sample digits --sampler unipc --sampler-option order=3
 ```
 
-- *Order*: of convergence, with the default options. Twice the steps divide the error by 2 to the power of the order,
-  once steps are small. For an SDE it is the error of averages, not that of a single picture.
-- *Calls*: network calls for one picture; guidance's second half is not counted.
-- *Draws*: draws of noise after the start. Without any, the picture depends on the start alone.
+- *Order*: of convergence, with the default options, on steps of any sizes. Twice the steps divide the error by 2 to the
+  power of the order, once steps are small. For a sampler that draws noise it is the error of averages, not that of a
+  single picture. Some methods, marked with a dash, solve no equation, so more steps do not bring them nearer to
+  anything.
+- *Calls a step*: network calls for each step but the last; guidance's second half is not counted. Adaptive samplers
+  take as many as the data need.
+- *Draws noise*: with the default options. Without, the picture depends on the start alone.
+- *Needs*: what a sampler asks of the model beyond an estimate of x_0.
 
-`fewstep samplers` prints this list and `fewstep samplers NAME` one entry. A sampler of your own takes ten lines: see
+`fewstep samplers` prints this list, `fewstep samplers NAME` one entry, and `--family`, `--order`, `--stochastic` and
+`--deterministic` choose among them. A sampler of your own takes ten lines: see
 [Plans](plans.md#a-sampler-of-your-own).
+"""
+
+FAMILIES: dict[Family, str] = {
+    "ODE": "ODE: explicit methods without noise",
+    "SDE": "SDE: explicit methods that draw noise",
+    "implicit": "Predictor-correctors, and methods that can be run backwards exactly",
+    "momentum": "Methods that smooth their steps",
+    "adaptive": "Methods that choose their steps by the data",
+    "distilled": "Methods for consistency and similar models",
+}
+
+MISTAKES_INTRO = """\
+## Where public codes differ
+
+A well-known name gives the result that it gives elsewhere, so that people get the picture they know. Where the formula
+in public code is mistaken, the option `corrected` gives the method that the name promises:
+
+```python
+plan = fs.plan("dpmpp_3m", grid, corrected=True)
+```
+
+The orders are measured on data whose solution is known, with steps of two sizes in turn, by
+`fewstep.testing.measured_order`; *none* means that it does not converge. Samplers that draw noise are also measured
+without it.
 """
 
 SCHEDULERS_INTRO = """\
@@ -80,11 +116,76 @@ visits fractional times of a table. The levels shown are those for 5 steps on `v
 
 
 def samplers_page() -> str:
-    """The page on samplers."""
-    columns = ("name", "title", "family", "order", "calls a step", "draws noise", "options")
-    table = markdown_table(columns, (_sampler_row(entry) for entry in SAMPLERS))
+    """The page on samplers: a table for each family, the mistakes, and a section for each sampler."""
+    columns = ("name", "title", "family", "order", "calls a step", "draws noise", "needs")
+    tables = []
+    for family, title in FAMILIES.items():
+        entries = [entry for entry in SAMPLERS if entry.family == family]
+        tables += [f"### {title}\n", markdown_table(columns, map(_sampler_row, entries))]
     sections = (_section(entry, _sampler_facts(entry), "") for entry in SAMPLERS)
-    return _page(SAMPLERS_INTRO, table, sections)
+    return _page(SAMPLERS_INTRO, "\n".join([*tables, mistakes()]), sections)
+
+
+def mistakes() -> str:
+    """What is mistaken in public code, and the orders of both formulas."""
+    columns = ("name", "what is mistaken", "options", "order as published", "order corrected")
+    return f"{MISTAKES_INTRO}\n" + markdown_table(columns, _mistake_rows())
+
+
+def _mistake_rows() -> Iterator[Sequence[object]]:
+    for entry in SAMPLERS:
+        if entry.mistake and not list(_mistaken(entry)):
+            yield _link(entry), entry.mistake, "", "-", "-"
+        for options in _mistaken(entry):
+            yield (
+                _link(entry),
+                entry.mistake,
+                _given(entry, options),
+                *_both_orders(entry, options),
+            )
+
+
+def _both_orders(entry: SamplerEntry, options: Mapping[str, Any]) -> tuple[str, str]:
+    return _measured(entry, options), _measured(entry, {**options, "corrected": True})
+
+
+def _given(entry: SamplerEntry, options: Mapping[str, Any]) -> str:
+    values = [f"`{name}={value}`" for name, value in options.items()]
+    return ", ".join([*values, *["guidance off"] * ("guided pair" in entry.needs)])
+
+
+def _mistaken(entry: SamplerEntry) -> Iterator[dict[str, Any]]:
+    """The options to show a mistake with: the first name that it concerns, and that without noise."""
+    if entry.eager or not entry.mistake:
+        return
+    names: tuple[Mapping[str, Any], ...] = ({}, *entry.presets.values())
+    options = next((dict(given) for given in names if _differs(entry, given)), {})
+    yield options
+    if entry.stochastic and any(option.name == "eta" for option in entry.options):
+        yield {**options, "eta": 0.0}
+
+
+def _differs(entry: SamplerEntry, options: Mapping[str, Any]) -> bool:
+    grid = karras(vp_linear(), EXAMPLE_CALL_STEPS)
+    published, corrected = (
+        plan(entry.name, grid, **{**options, "corrected": mended}) for mended in (False, True)
+    )
+    return (
+        isinstance(published, Plan)
+        and isinstance(corrected, Plan)
+        and published.instructions != corrected.instructions
+    )
+
+
+@functools.cache
+def _order(name: str, options: tuple[tuple[str, Any], ...]) -> float | None:
+    return measured_order(name, **dict(options))
+
+
+def _measured(entry: SamplerEntry, options: Mapping[str, Any]) -> str:
+    """To one decimal, which no rounding of a computer changes."""
+    order = _order(entry.name, tuple(options.items()))
+    return "none" if order is None or order < CONVERGES else f"{order:.1f}"
 
 
 def schedulers_page() -> str:
@@ -130,6 +231,9 @@ def _section(entry: Entry, facts: Iterable[str], levels: str) -> str:
 def _origin(entry: Entry) -> Iterator[str]:
     if entry.aliases:
         yield f"Also found as: {', '.join(f'`{alias}`' for alias in entry.aliases)}"
+    for name, options in entry.presets.items():
+        given = ", ".join(f"`{option}={value}`" for option, value in options.items())
+        yield f"`{name}` is this with {given}"
     paper = re.sub(r"arXiv:(\d+\.\d+)", r"[arXiv:\1](https://arxiv.org/abs/\1)", entry.paper)
     yield f"Source: {paper}"
 
@@ -137,8 +241,16 @@ def _origin(entry: Entry) -> Iterator[str]:
 def _options(entry: Entry) -> str:
     if not entry.options:
         return ""
-    rows = ((f"`{o.name}`", f"`{o.default}`", o.allowed, o.description) for o in entry.options)
-    return markdown_table(("option", "default", "allowed", "meaning"), rows)
+    columns = ("option", "type", "range", "default", "meaning")
+    rows = (
+        (f"`{o.name}`", _type(o), o.allowed, f"`{o.default}`", o.description)
+        for o in entry.options
+    )
+    return markdown_table(columns, rows)
+
+
+def _type(option: Option) -> str:
+    return f"`{option.kind.__name__}`"
 
 
 def _option_list(entry: Entry) -> str:
@@ -151,17 +263,29 @@ def _link(entry: Entry) -> str:
 
 def _sampler_row(entry: SamplerEntry) -> Sequence[object]:
     draws = "yes" if entry.stochastic else "no"
-    facts = entry.family, entry.order, entry.calls_per_step, draws
-    return _link(entry), entry.title, *facts, _option_list(entry)
+    calls = "as needed" if entry.eager else entry.calls_per_step
+    facts = entry.family, entry.order or "-", calls, draws, ", ".join(entry.needs)
+    return _link(entry), entry.title, *facts
 
 
 def _sampler_facts(entry: SamplerEntry) -> Iterator[str]:
-    traced = plan(entry.name, karras(vp_linear(), EXAMPLE_CALL_STEPS))
-    yield f"{entry.family} of order {entry.order}"
-    yield (
-        f"{traced.calls} network calls and {traced.draws} draws of noise for {EXAMPLE_CALL_STEPS} "
-        "steps, with the default options"
-    )
+    yield f"{entry.family} of order {entry.order}" if entry.order else f"{entry.family}, no order"
+    if not entry.eager and not {"predictor", "statistics"} & set(entry.needs):
+        traced = plan(entry.name, karras(vp_linear(), EXAMPLE_CALL_STEPS))
+        if isinstance(traced, Plan):
+            yield (
+                f"{traced.calls} network calls and {traced.draws} draws of noise for {EXAMPLE_CALL_STEPS} "
+                "steps, with the default options"
+            )
+    if entry.needs:
+        yield f"Needs: {', '.join(entry.needs)}"
+    if entry.mistake:
+        yield f"Mistake: {entry.mistake}"
+    for options in _mistaken(entry):
+        published, corrected = _both_orders(entry, options)
+        given = _given(entry, options)
+        where = f" with {given}" if given else ""
+        yield f"Measured order{where}: {published} as published, {corrected} corrected"
 
 
 def _scheduler_row(entry: Entry) -> Sequence[object]:

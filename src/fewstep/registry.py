@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from types import UnionType
 from typing import Any, Generic, Literal, Self, TypeVar, get_args, get_origin, get_type_hints
 
 from fewstep.errors import InvalidInputError, unknown_name
@@ -19,9 +20,13 @@ from fewstep.errors import InvalidInputError, unknown_name
 class Option:
     """What an option means and which values it takes; name, default and kind are read from the signature.
 
+    The kinds are numbers, truth values, choices (`Literal`), lists of numbers (`tuple[float, ...]`, where one number
+    stands for a list of one), functions (`Callable`), and classes that `load` an object from a file. The last two may
+    be left out with None.
+
     Attributes:
         description: One line, with the unit.
-        low: Smallest legal value.
+        low: Smallest legal value, of each number where it is a list.
         high: Largest legal value.
     """
 
@@ -30,7 +35,7 @@ class Option:
     high: float = math.inf
     name: str = ""
     default: Any = None
-    kind: type = float
+    kind: Any = float
     choices: tuple[Any, ...] = ()
 
     @property
@@ -38,9 +43,9 @@ class Option:
         """The legal values in words."""
         if self.choices:
             return "one of " + ", ".join(map(str, self.choices))
-        if self.kind is bool:
-            return "true or false"
-        noun = "a whole number" if self.kind is int else "a number"
+        if self.kind not in _NOUNS:
+            return f"a {self.kind.__name__} or the file of one"
+        noun = _NOUNS[self.kind]
         if math.isinf(self.low) and math.isinf(self.high):
             return noun
         if math.isinf(self.high):
@@ -53,6 +58,8 @@ class Option:
         Raises:
             InvalidInputError: If it is not legal.
         """
+        if self.default is None and str(value) == "None":
+            return None
         try:
             result = self._converted(value)
         except (TypeError, ValueError, OverflowError):
@@ -66,7 +73,10 @@ class Option:
     def _allows(self, value: Any) -> bool:
         if self.choices:
             return value in self.choices
-        return self.kind not in (int, float) or self.low <= value <= self.high
+        if self.kind not in (int, float, list):
+            return True
+        numbers = value if self.kind is list else [value]
+        return bool(numbers) and all(self.low <= number <= self.high for number in numbers)
 
     def _converted(self, value: Any) -> Any:
         if self.kind is bool:
@@ -74,7 +84,25 @@ class Option:
             return names.get(str(value).lower())
         if self.kind is int and not isinstance(value, str) and int(value) != value:
             return None
-        return self.kind(value)
+        if self.kind is list:
+            parts = value.strip("[]").split(",") if isinstance(value, str) else value
+            return [float(part) for part in (parts if isinstance(parts, Iterable) else [parts])]
+        if self.kind is Callable:
+            return value if callable(value) else None
+        load = getattr(self.kind, "load", None)
+        if load is None:
+            return self.kind(value)
+        return value if isinstance(value, self.kind) else load(value)
+
+
+_NOUNS: dict[Any, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "any text",
+    list: "a list of numbers",
+    Callable: "a function",
+}
 
 
 @dataclass(frozen=True)
@@ -197,13 +225,21 @@ def _options(function: Callable[..., Any]) -> Iterator[Option]:
     for parameter in inspect.signature(function).parameters.values():
         for extra in getattr(hints.get(parameter.name), "__metadata__", ()):
             if isinstance(extra, Option):
-                base = get_args(hints[parameter.name])[0]
+                base = _without_none(get_args(hints[parameter.name])[0])
                 choices = get_args(base) if get_origin(base) is Literal else ()
-                kind = type(choices[0]) if choices else base
+                kind = type(choices[0]) if choices else get_origin(base) or base
+                given = parameter.default
                 yield dataclasses.replace(
                     extra,
                     name=parameter.name,
-                    default=parameter.default,
-                    kind=kind,
+                    # Plans keep their options as JSON does: with lists.
+                    default=list(given) if kind is tuple else given,
+                    kind=list if kind is tuple else kind,
                     choices=choices,
                 )
+
+
+def _without_none(hint: Any) -> Any:
+    """The type in `type | None`."""
+    others = [part for part in get_args(hint) if part is not type(None)]
+    return others[0] if isinstance(hint, UnionType) and len(others) == 1 else hint

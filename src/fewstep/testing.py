@@ -52,7 +52,7 @@ from fewstep.process import (
     vp_linear,
     vp_scaled_linear,
 )
-from fewstep.samplers import SAMPLERS, plan
+from fewstep.samplers import SAMPLERS, SamplerEntry, plan
 from fewstep.schedulers import Grid, make_grid
 
 __all__ = [
@@ -62,6 +62,7 @@ __all__ = [
     "check_process",
     "check_sampler",
     "check_scheduler",
+    "measured_order",
 ]
 
 
@@ -315,8 +316,12 @@ MIXTURE = (
 )
 """Centres, widths and shares of the data that orders are measured on: smooth, but far from Gaussian."""
 
-FIRST_RATIO, LAST_RATIO = 10.0, 0.05
-"""Range in which orders are measured; it stops short of clean data, where every order is lost."""
+HIGH_RATIO, FIRST_RATIO, LAST_RATIO = 100.0, 10.0, 0.05
+"""Range in which orders are measured: from the first ratio to the last, short of clean data, where every order is lost.
+Paths start higher, where the first steps of a multistep method, which are of lower order, do no harm."""
+
+ORDER_STEPS = (48, 96, 192, 384)
+"""Steps at which errors are measured."""
 
 
 @dataclass(frozen=True)
@@ -326,7 +331,7 @@ class SamplerReport:
     Attributes:
         name: The sampler.
         order: Measured order of convergence: of the points if the sampler is deterministic, else of the standard
-            deviation on Gaussian data (weak); None for a sampler that declares its noise inexact.
+            deviation on Gaussian data (weak); None for a sampler that has none, or declares its noise inexact.
         calls: Network calls for 10 steps down to clean data.
         draws: Noise draws for those.
     """
@@ -357,8 +362,9 @@ def check_sampler(
 
     Args:
         sampler: A sampler's name, or a function `(tape, grid, **options) -> Vector` of your own.
-        order: The order it should have, met within 0.25. By default that of the metadata for a name without options;
-            without either, the order must only be above 0.75.
+        order: The order it should have, met within 0.25; 0 for a method that does not converge to the solution, whose
+            order is not looked at. By default that of the metadata, for a name whose options it holds for; without
+            either, the order must only be above 0.75.
         options: The sampler's options.
         odd_grids: Which of `ODD_GRIDS` it must run on; leave out those that your sampler is not meant for.
 
@@ -376,18 +382,12 @@ def check_sampler(
     if isinstance(sampler, str):
         entry = SAMPLERS.find(sampler)
         name = entry.name
-        order = entry.order if order is None and not options else order
+        order = _stated_order(entry, options or {}) if order is None else order
     else:
         name = getattr(sampler, "__name__", "sampler")
 
     def trace(grid: Grid) -> Plan:
-        made = plan(sampler, grid, **(options or {}))
-        if isinstance(made, EagerPlan):
-            raise InvalidInputError(
-                f"{name} chooses its steps by the data and has no table to check; compare its results with those of a "
-                "sampler that has one"
-            )
-        return made
+        return _traced(sampler, grid, options or {})
 
     for label in odd_grids:
         if label not in ODD_GRIDS:
@@ -397,9 +397,62 @@ def check_sampler(
                 _check_odd_grid(f"{name} on {label}", trace, process, ODD_GRIDS[label])
     _check_paths(name, trace)
     ten = trace(_measuring_grid(vp_linear(), 9, 0.0))
-    measured = _measured_order(trace)
+    measured = None if order == 0 else measured_order(sampler, **(options or {}))
     _check_order(name, measured, order)
     return SamplerReport(name, measured, ten.calls, ten.draws)
+
+
+def measured_order(sampler: str | Callable[..., Vector], **options: Any) -> float | None:
+    """Measure a sampler's order of convergence on data whose solution is known, in float64.
+
+    Slope of the error over the number of steps, on steps of two sizes in turn, at the most steps at which rounding does
+    not show yet: the error of the points on a mixture of Gaussians if the sampler is deterministic, else the weak one,
+    that of the standard deviation on Gaussian data.
+
+    Args:
+        sampler: A sampler's name, or a function `(tape, grid, **options) -> Vector` of your own.
+        options: The sampler's options.
+
+    Returns:
+        The order; None where noise is inexact, or there is no error.
+
+    Source: Hairer, Norsett, Wanner 1993, Solving Ordinary Differential Equations I, section II.4.
+
+    >>> round(measured_order("heun"), 1)
+    2.0
+    """
+    traced = [_traced(sampler, _measuring_grid(vp_linear(), n), options) for n in ORDER_STEPS]
+    if not any(p.draws for p in traced):
+        grids = (_measuring_grid(vp_linear(), n, first=HIGH_RATIO) for n in ORDER_STEPS)
+        errors = [_point_error(_traced(sampler, grid, options)) for grid in grids]
+    elif "noise" in traced[0].inexact:
+        return None
+    else:
+        errors = [_spread_error(p) for p in traced]
+    clear = [pair for pair in itertools.pairwise(errors) if min(pair) > 1e-10] or [errors[:2]]
+    coarse, fine = clear[-1]
+    return math.log2(coarse / fine) if fine > 0 and coarse > 0 else None
+
+
+def _traced(sampler: str | Callable[..., Vector], grid: Grid, options: Mapping[str, Any]) -> Plan:
+    made = plan(sampler, grid, **options)
+    if isinstance(made, EagerPlan):
+        raise InvalidInputError(
+            f"{made.sampler} chooses its steps by the data and has no table to check; compare its results with those "
+            "of a sampler that has one"
+        )
+    return made
+
+
+def _stated_order(entry: SamplerEntry, options: Mapping[str, Any]) -> int | None:
+    """The order in the metadata, which is that of the defaults, and of `corrected` added to them."""
+    default = SAMPLERS.find(entry.name)
+    resolved = entry.resolve(options)
+    if resolved == default.resolve({}):
+        return entry.order
+    if "corrected" in resolved and resolved == default.resolve({"corrected": True}):
+        return entry.corrected_order
+    return None
 
 
 def _check_odd_grid(
@@ -426,7 +479,8 @@ def _check_single_point(place: str, traced: Plan) -> None:
     x0, noise = torch.eye(2, dtype=torch.float64)[:, None]
     first, last = traced.levels[0], traced.levels[-1]
     start = first.alpha * x0 + first.sigma * noise
-    result = traced.run(lambda x, level: x0, start, lambda a, b: 0 * noise)
+    point = _Exact(x0, 0.0, process=traced.process)
+    result = traced.run(point, start, lambda a, b: 0 * noise)
     signal, kept = result[0].tolist()
     _require(
         "signal" in traced.inexact or _near(signal, last.alpha, 1e-6, 1e-6),
@@ -442,8 +496,8 @@ def _check_single_point(place: str, traced: Plan) -> None:
 def _check_paths(name: str, trace: Callable[[Grid], Plan]) -> None:
     """In `x / alpha` over `sigma / alpha` all processes have the same path."""
     ends = {
-        process.name: _end(trace(_measuring_grid(process, 8, 0.0)))
-        for process in (vp_continuous(), ve(), flow())
+        process.name: _end(trace(_measuring_grid(process, 8, 0.0)), _guided_mixture(process))
+        for process in (vp_continuous(), edm(), flow())
     }
     (_, wanted), *others = ends.items()
     for process, end in others:
@@ -455,17 +509,36 @@ def _check_paths(name: str, trace: Callable[[Grid], Plan]) -> None:
         )
 
 
-def _measuring_grid(process: Process, steps: int, last: float | None = None) -> Grid:
+def _measuring_grid(
+    process: Process, steps: int, last: float | None = None, first: float = FIRST_RATIO
+) -> Grid:
     """Every second step is twice as long, since smooth grids hide faults; one more step goes to `last`, if given."""
-    ends = FIRST_RATIO ** (1 / 7), LAST_RATIO ** (1 / 7)
+    ends = first ** (1 / 7), LAST_RATIO ** (1 / 7)
     path = np.cumsum([0.0, *(1.0 + np.arange(steps) % 2)])
     curve = (ends[0] + path / path[-1] * (ends[1] - ends[0])) ** 7
     return Grid.from_ratios(process, [*curve.tolist(), *([] if last is None else [last])])
 
 
-def _mixture(process: Process) -> GaussianMixture:
+class _Exact(GaussianMixture):
+    """An exact denoiser for samplers that need guidance as well: away from another estimate, or off."""
+
+    weak: GaussianMixture | None = None
+
+    def guided_pair(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        denoised = self(x, level)
+        return denoised, denoised if self.weak is None else self.weak(x, level)
+
+
+def _mixture(process: Process) -> _Exact:
     means, widths, weights = (torch.tensor(v, dtype=torch.float64) for v in MIXTURE)
-    return GaussianMixture(means, widths, weights, process=process)
+    return _Exact(means, widths, weights, process=process)
+
+
+def _guided_mixture(process: Process) -> _Exact:
+    """The mixture, with guidance away from a single Gaussian."""
+    denoiser = _mixture(process)
+    denoiser.weak = GaussianMixture(denoiser.means[:1], 1.0, process=process)
+    return denoiser
 
 
 def _normal(seed: int) -> Tensor:
@@ -473,15 +546,15 @@ def _normal(seed: int) -> Tensor:
     return torch.randn(6, 2, dtype=torch.float64, generator=generator)
 
 
-def _end(traced: Plan) -> Tensor:
-    """Where six points end on the mixture, in `x / alpha`, with noise that belongs to the draw's number.
+def _end(traced: Plan, denoiser: _Exact) -> Tensor:
+    """Where six points end, in `x / alpha`, with noise that belongs to the draw's number.
 
     Noise that is not that of the level may depend on the path, so it is left out.
     """
     first, last = traced.levels[0], traced.levels[-1]
     count, size = itertools.count(1), float("noise" not in traced.inexact)
-    start = first.alpha * FIRST_RATIO * _normal(0)
-    end = traced.run(_mixture(traced.process), start, lambda a, b: size * _normal(next(count)))
+    start = first.sigma * _normal(0)
+    end = traced.run(denoiser, start, lambda a, b: size * _normal(next(count)))
     return end / last.alpha
 
 
@@ -490,20 +563,20 @@ def _solution() -> Tensor:
     """Where the six points end without noise, by an adaptive solver of order 8: `dx^ / dlog_snr = D - x^`."""
     from scipy.integrate import solve_ivp
 
-    denoiser, start = _mixture(edm()), FIRST_RATIO * _normal(0)
+    denoiser, start = _mixture(edm()), HIGH_RATIO * _normal(0)
 
     def slope(log_snr: float, flat: np.ndarray) -> np.ndarray:
         x = torch.from_numpy(flat).view_as(start)
         ratio = math.exp(-log_snr)
         return (denoiser(x, Level(ratio, 1.0, ratio)) - x).flatten().numpy()
 
-    span = (-math.log(FIRST_RATIO), -math.log(LAST_RATIO))
+    span = (-math.log(HIGH_RATIO), -math.log(LAST_RATIO))
     end = solve_ivp(slope, span, start.flatten().numpy(), method="DOP853", rtol=1e-12, atol=1e-12)
     return torch.from_numpy(end.y[:, -1]).view_as(start)
 
 
 def _point_error(traced: Plan) -> float:
-    return float((_end(traced) - _solution()).abs().max())
+    return float((_end(traced, _mixture(traced.process)) - _solution()).abs().max())
 
 
 def _spread_error(traced: Plan) -> float:
@@ -511,29 +584,16 @@ def _spread_error(traced: Plan) -> float:
 
     The estimate of x_0 is linear there, so each register is a vector of weights on the normal numbers that went in.
     """
-    unit = torch.eye(1 + traced.draws, dtype=torch.float64)
-    drawn = iter(unit[1:])
+    start, *drawn = torch.eye(1 + traced.draws, dtype=torch.float64).split(1)
+    left = iter(drawn)
+    denoiser = _Exact(torch.zeros_like(start), 0.5, process=traced.process)
 
     def spread(level: Level) -> float:
         return math.hypot(level.alpha / 2, level.sigma)
 
-    def denoiser(x: Tensor, level: Level) -> Tensor:
-        return level.alpha / 4 / spread(level) ** 2 * x
-
     first, last = traced.levels[0], traced.levels[-1]
-    result = traced.run(denoiser, spread(first) * unit[0], lambda a, b: next(drawn))
+    result = traced.run(denoiser, spread(first) * start, lambda a, b: next(left))
     return abs(float(result.norm()) - spread(last)) / last.alpha
-
-
-def _measured_order(trace: Callable[[Grid], Plan]) -> float | None:
-    """Slope of the error over the number of steps, at the most steps at which rounding does not show yet."""
-    traced = [trace(_measuring_grid(vp_linear(), n)) for n in (20, 40, 80, 160)]
-    if traced[0].draws and "noise" in traced[0].inexact:
-        return None
-    errors = [_spread_error(p) if p.draws else _point_error(p) for p in traced]
-    clear = [pair for pair in itertools.pairwise(errors) if min(pair) > 1e-10] or [errors[:2]]
-    coarse, fine = clear[-1]
-    return math.log2(coarse / fine) if fine > 0 and coarse > 0 else None
 
 
 def _check_order(name: str, measured: float | None, order: float | None) -> None:

@@ -87,9 +87,24 @@ def test_options_of_sampler_and_scheduler_reach_the_plan(tiny, tmp_path, monkeyp
     assert (settings["labels"], settings["guidance"]) == ([0, 2], 2.0)
 
 
+def test_a_sampler_that_chooses_its_steps_says_how_many_calls(tiny, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "x.png"
+    words = ["--sampler", "dpm_adaptive", "--n", "2", "--steps", "4", "--out", str(out)]
+    assert run(monkeypatch, "sample", tiny, *words) == 0
+    calls = read_metadata(out)["network_calls"]
+    low, high = min(calls), max(calls)
+    shown = str(low) if low == high else f"{low} to {high}"
+    assert f" {shown} network calls each: " in capsys.readouterr().out
+    limit = ["--sampler-option", "max_calls=4"]
+    assert run(monkeypatch, "sample", tiny, *words, *limit) == 1
+    assert "after 4 network calls" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (["--sampler", "amed", "--sampler-option", "predictor=f"], "'f' is not a function"),
+        (["--sampler", "dpm_solver_v3"], "make them with fewstep statistics MODEL"),
         (["--sampler", "dpmp_2m"], "did you mean 'dpmpp_2m'"),
         (["--scheduler", "karas"], "did you mean 'karras'"),
         (["--sampler", "ddim", "--sampler-option", "etta=1"], "did you mean 'eta'"),
@@ -153,6 +168,74 @@ def test_listings_come_from_the_registry(monkeypatch, capsys, command):
     assert rows[0]["paper"] in capsys.readouterr().out
     assert run(monkeypatch, command, "no such thing") == 0
     assert "No entry" in capsys.readouterr().out
+
+
+def listed(monkeypatch, capsys, *words: str) -> list[dict]:
+    assert run(monkeypatch, "samplers", "--json", *words) == 0
+    return json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+
+
+def test_the_json_of_samplers_tells_everything(monkeypatch, capsys):
+    rows = {row["name"]: row for row in listed(monkeypatch, capsys)}
+    for entry in fs.samplers.SAMPLERS:
+        row = rows[entry.name]
+        assert row["presets"] == {name: dict(given) for name, given in entry.presets.items()}
+        assert (row["mistake"], row["corrected_order"]) == (entry.mistake, entry.corrected_order)
+        assert (row["family"], row["order"], row["needs"]) == (
+            entry.family,
+            entry.order,
+            list(entry.needs),
+        )
+        assert [o["name"] for o in row["options"]] == [o.name for o in entry.options]
+    order, variant, lower = rows["unipc"]["options"][:3]
+    assert (order["type"], order["low"], order["high"]) == ("int", 1, 6)
+    assert (variant["type"], variant["choices"]) == ("str", ["bh1", "bh2"])
+    assert (lower["type"], lower["default"]) == ("bool", True)
+
+
+def test_samplers_are_filtered(monkeypatch, capsys):
+    every = {e.name: e for e in fs.samplers.SAMPLERS}
+
+    def names(*words: str) -> set[str]:
+        return {row["name"] for row in listed(monkeypatch, capsys, *words)}
+
+    assert names("--family", "sde") == {n for n, e in every.items() if e.family == "SDE"}
+    assert names("--order", "2") == {n for n, e in every.items() if e.order == 2}
+    assert names("--stochastic") == {n for n, e in every.items() if e.stochastic}
+    assert names("--deterministic") == {n for n, e in every.items() if not e.stochastic}
+    assert names("--deterministic", "--order", "2", "heun") >= {"heun"}
+    assert names("--order", "99") == set()
+
+
+def test_the_table_of_samplers_shows_metadata_and_presets(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(monkeypatch, "samplers") == 0
+    lines = capsys.readouterr().out.splitlines()
+    row = next(line for line in lines if " dpmpp_2m " in line)
+    cells = [cell.strip() for cell in row.split("│")[1:-1]]
+    assert cells == ["dpmpp_2m", "DPM++ 2M", "ODE", "2", "1", "no", ""]
+    assert all(any(entry.name in line for line in lines) for entry in fs.samplers.SAMPLERS)
+    entry, (preset, given) = next(
+        (e, item) for e in fs.samplers.SAMPLERS for item in e.presets.items()
+    )
+    values = " ".join(f"{name}={value}" for name, value in given.items())
+    assert f"{preset} = {entry.name} {values}" in lines
+    assert run(monkeypatch, "samplers", preset) == 0
+    assert f"preset {preset} = {entry.name}" in capsys.readouterr().out
+
+
+def test_an_unknown_family_is_refused_with_all_there_are(monkeypatch, capsys):
+    assert run(monkeypatch, "samplers", "--family", "OD") == 2
+    error = capsys.readouterr().err
+    assert "unknown family 'OD'" in error
+    assert "ODE, SDE, adaptive, distilled, implicit, momentum" in error
+
+
+def test_a_mistake_is_told_in_the_details(monkeypatch, capsys):
+    for entry in fs.samplers.SAMPLERS:
+        if entry.mistake:
+            assert run(monkeypatch, "samplers", entry.name) == 0
+            assert f"mistake: {entry.mistake}" in capsys.readouterr().out
 
 
 def test_doctor_names_versions_and_devices(monkeypatch, capsys):

@@ -22,9 +22,20 @@ from fewstep.errors import InvalidInputError, NonFiniteError
 from fewstep.plan import Combine, Denoise, Draw, Instruction, Plan, Progress
 from fewstep.plan.instructions import reads
 from fewstep.plan.lowering import Evaluate, lower
-from fewstep.samplers import SAMPLERS
 
-SAMPLER_NAMES = [entry.name for entry in SAMPLERS if not (entry.eager or entry.needs)]
+SAMPLER_NAMES = [
+    "ddpm",
+    "ddim",
+    "euler_ancestral",
+    "heun",
+    "dpmpp_2m",
+    "unipc",
+    "lms",
+    "dpmpp_3m_sde",
+    "sa_solver",
+]
+"""Of every shape that a program can have."""
+
 KINDS = ["noise", "data", "velocity", "flow", "score", "edm"]
 PROCESSES = {
     "vp": fs.process.vp_linear(),

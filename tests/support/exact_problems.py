@@ -23,46 +23,71 @@ PROCESSES = {
 }
 
 
-def mixture(process: fs.Process) -> fs.exact.GaussianMixture:
+class Mixture(fs.exact.GaussianMixture):
+    """An exact denoiser that counts as guided: by itself, which is guidance that is off, or away from another one."""
+
+    weak: fs.exact.GaussianMixture | None = None
+
+    def guided_pair(self, x: Tensor, level: fs.Level) -> tuple[Tensor, Tensor]:
+        denoised = self(x, level)
+        return denoised, denoised if self.weak is None else self.weak(x, level)
+
+
+def mixture(process: fs.Process) -> Mixture:
     means, widths, weights = (
         torch.tensor(v, dtype=torch.float64)
         for v in ([[-1.0, 0.3], [0.8, -0.5], [0.2, 1.1]], [0.4, 0.5, 0.6], [0.3, 0.5, 0.2])
     )
-    return fs.exact.GaussianMixture(means, widths, weights, process=process)
+    return Mixture(means, widths, weights, process=process)
 
 
-def grid(process: fs.Process, steps: int) -> fs.Grid:
-    """Every second step twice as long, since smooth grids hide faults; short of clean data, where order is lost."""
+def guided_mixture(process: fs.Process) -> Mixture:
+    """The mixture, with guidance away from a single Gaussian."""
+    denoiser = mixture(process)
+    centre = torch.tensor([[0.1, 0.2]], dtype=torch.float64)
+    denoiser.weak = fs.exact.GaussianMixture(centre, 0.9, process=process)
+    return denoiser
+
+
+def grid(process: fs.Process, steps: int, first: float = FIRST) -> fs.Grid:
+    """Every second step twice as long, since smooth grids hide faults; short of clean data, where order is lost.
+
+    From a noisier first level the first steps, which multistep methods take at lower orders, matter less.
+    """
     path = np.cumsum([0.0, *(1.0 + np.arange(steps) % 2)])
-    ends = FIRST ** (1 / RHO), LAST ** (1 / RHO)
+    ends = first ** (1 / RHO), LAST ** (1 / RHO)
     return fs.Grid.from_ratios(process, (ends[0] + path / path[-1] * (ends[1] - ends[0])) ** RHO)
 
 
-START = FIRST * torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+NORMAL = torch.randn(6, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+START = FIRST * NORMAL
 
 
 @functools.cache
-def truth() -> Tensor:
+def truth(first: float = FIRST) -> Tensor:
     """The solution of `dx^ / dlog_snr = D - x^` in the coordinates of alpha = 1."""
     denoiser = mixture(PROCESSES["edm"])
 
     def slope(log_snr: float, flat: np.ndarray) -> np.ndarray:
-        x = torch.from_numpy(flat).view_as(START)
+        x = torch.from_numpy(flat).view_as(NORMAL)
         ratio = math.exp(-log_snr)
         return (denoiser(x, fs.Level(ratio, 1.0, ratio)) - x).flatten().numpy()
 
-    span = (-math.log(FIRST), -math.log(LAST))
+    span, start = (-math.log(first), -math.log(LAST)), first * NORMAL
     solution = solve_ivp(
-        slope, span, START.flatten().numpy(), method="DOP853", rtol=1e-12, atol=1e-12
+        slope, span, start.flatten().numpy(), method="DOP853", rtol=1e-12, atol=1e-12
     )
-    return torch.from_numpy(solution.y[:, -1]).view_as(START)
+    return torch.from_numpy(solution.y[:, -1]).view_as(NORMAL)
 
 
-def run(name: str, options: dict[str, Any], process: fs.Process, steps: int) -> Tensor:
+def run(
+    name: str, options: dict[str, Any], process: fs.Process, steps: int, first: float = FIRST
+) -> Tensor:
     """The end of the path in the coordinates of alpha = 1."""
-    levels = grid(process, steps)
+    levels = grid(process, steps, first)
+    start = levels.levels[0].alpha * first * NORMAL
     plan = fs.plan(name, levels, **options)
-    return plan.run(mixture(process), levels.levels[0].alpha * START) / levels.levels[-1].alpha
+    return plan.run(mixture(process), start) / levels.levels[-1].alpha
 
 
 def measured_orders(
@@ -85,6 +110,26 @@ def law_grid(process: fs.Process, steps: int) -> fs.Grid:
     return fs.Grid.from_ratios(process, ratios)
 
 
+class Gaussian:
+    """The exact denoiser of data N(mean, WIDTH^2), each element for itself: linear in the point."""
+
+    def __init__(self, mean: Tensor | float = MEAN) -> None:
+        self.mean = mean
+
+    def __call__(self, x: Tensor, level: fs.Level) -> Tensor:
+        variance = (level.alpha * WIDTH) ** 2 + level.sigma**2
+        return (level.alpha * WIDTH**2 * x + level.sigma**2 * self.mean) / variance
+
+    def guided_pair(self, x: Tensor, level: fs.Level) -> tuple[Tensor, Tensor]:
+        return self(x, level), self(x, level)
+
+    def derivative(self, x: Tensor, along: Tensor, level: fs.Level) -> Tensor:
+        """By hand, in `x^` and the noise variance `r^2`, whose derivative is `-2 r^2`."""
+        noise, variance = level.ratio**2, WIDTH**2 + level.ratio**2
+        denoised = self(x, level)
+        return (WIDTH**2 * along / level.alpha + 2 * noise * (denoised - self.mean)) / variance
+
+
 def law(plan: Plan) -> tuple[float, float]:
     """Mean and standard deviation of the result for data N(MEAN, WIDTH^2), with no sampling.
 
@@ -94,16 +139,12 @@ def law(plan: Plan) -> tuple[float, float]:
     size = 2 + plan.draws
     units = iter(torch.eye(size, dtype=torch.float64)[2:])
 
-    def denoiser(x: Tensor, level: fs.Level) -> Tensor:
-        variance = (level.alpha * WIDTH) ** 2 + level.sigma**2
-        constant = torch.zeros(size, dtype=torch.float64)
-        constant[0] = level.sigma**2 / variance * MEAN
-        return level.alpha * WIDTH**2 / variance * x + constant
-
+    constant = torch.zeros(size, dtype=torch.float64)
+    constant[0] = MEAN
     first = plan.levels[0]
     x = torch.zeros(size, dtype=torch.float64)
     x[0], x[1] = first.alpha * MEAN, math.hypot(first.alpha * WIDTH, first.sigma)
-    result = plan.run(denoiser, x, lambda a, b: next(units))
+    result = plan.run(Gaussian(constant), x, lambda a, b: next(units))
     return float(result[0]), float(result[1:].norm())
 
 
@@ -125,3 +166,8 @@ def weak_orders(
         math.log(a / b) / math.log(m / n)
         for a, b, n, m in zip(errors, errors[1:], counts, counts[1:], strict=False)
     ]
+
+
+def label(value: object) -> str:
+    """What a case is called in a test's name: the same in every process, which the text of a function is not."""
+    return getattr(value, "__name__", str(value))

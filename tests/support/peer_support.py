@@ -21,6 +21,20 @@ from fewstep.plan import Progress
 PROCESS = fs.process.vp_linear()
 SHAPE = (2, 3, 4, 4)
 STEPS = 10
+THAT_DRAW = [
+    f"scheduling_{name}"
+    for name in (
+        "consistency_models",
+        "ddim",
+        "ddpm",
+        "euler_ancestral_discrete",
+        "flow_match_lcm",
+        "lcm",
+        "scm",
+        "tcd",
+    )
+]
+"""Modules of diffusers whose schedulers draw noise."""
 
 
 @functools.cache
@@ -59,16 +73,21 @@ def doubled(noise: Callable[[], Tensor] | None = None) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "float32", torch.float64)
-        for name in ("scheduling_ddim", "scheduling_ddpm", "scheduling_euler_ancestral_discrete"):
+        for name in THAT_DRAW:
             module = getattr(peers, name)
             patch.setattr(module, "randn_tensor", lambda *_, **__: noise and noise())
         yield
 
 
 class Peer:
-    """A diffusers scheduler on one of its own grids, and that grid as ours."""
+    """A diffusers scheduler on one of its own grids, and that grid as ours.
 
-    def __init__(self, name: str, **config: Any) -> None:
+    Its grid ends with clean data, or at a last time for schedulers that end there.
+    """
+
+    def __init__(
+        self, name: str, steps: int = STEPS, last: float | None = None, **config: Any
+    ) -> None:
         from diffusers import schedulers as peers
 
         self.scheduler = getattr(peers, name)(
@@ -86,9 +105,10 @@ class Peer:
         self.scheduler.alphas = 1 - self.scheduler.betas
         if hasattr(self.scheduler, "final_alpha_cumprod"):
             self.scheduler.final_alpha_cumprod = torch.tensor(1.0, dtype=torch.float64)
-        self.scheduler.set_timesteps(STEPS)
+        self.scheduler.set_timesteps(steps)
         times = list(dict.fromkeys(self.scheduler.timesteps.tolist()))
-        self.grid = fs.Grid.from_times(PROCESS, times)
+        ends = [] if last is None else [last]
+        self.grid = fs.Grid.from_times(PROCESS, [*times, *ends], end_clean=last is None)
         self.in_sigma = hasattr(self.scheduler, "sigmas")
         if self.in_sigma:
             ratios = torch.tensor(self.grid.ratios, dtype=torch.float64)
@@ -119,11 +139,16 @@ class Peer:
 
 
 def ours(
-    grid: fs.Grid, sampler: str, x: Tensor, noise: Any = None, **options: Any
+    grid: fs.Grid,
+    sampler: str,
+    x: Tensor,
+    noise: Any = None,
+    net: Callable[[Tensor, Tensor], Tensor] = network,
+    **options: Any,
 ) -> list[Tensor]:
     """The points of all network calls, and the result."""
     kind = "flow" if grid.process.name == "flow" else "noise"
-    denoiser = fs.Denoiser(network, grid.process, kind)
+    denoiser = fs.Denoiser(net, grid.process, kind)
     points: list[Tensor] = []
 
     def keep(step: Progress) -> None:
@@ -136,10 +161,10 @@ def ours(
 class Draws:
     """The same noise for both: for us by the level where a step starts, for the peer in the order of the steps."""
 
-    def __init__(self, grid: fs.Grid) -> None:
+    def __init__(self, grid: fs.Grid, shape: tuple[int, ...] = SHAPE) -> None:
         generator = torch.Generator().manual_seed(2)
         self._draws = {
-            t: torch.randn(SHAPE, dtype=torch.float64, generator=generator)
+            t: torch.randn(shape, dtype=torch.float64, generator=generator)
             for t in grid.levels[:-1]
         }
         self._order = iter(self._draws.values())

@@ -11,6 +11,7 @@ from fewstep.cli.demo import demo
 from fewstep.cli.doctor import doctor
 from fewstep.cli.listing import samplers, schedulers
 from fewstep.cli.sample import sample
+from fewstep.cli.statistics import statistics
 from fewstep.cli.train import train
 
 app = typer.Typer(
@@ -38,5 +39,5 @@ def _root(
     """Options before the command."""
 
 
-for command in (sample, train, demo, samplers, schedulers, doctor):
+for command in (sample, train, statistics, demo, samplers, schedulers, doctor):
     app.command()(command)

@@ -96,7 +96,7 @@ def sample(
     where = str(files[0]) if len(files) == 1 else f"{files[0]} .. {files[-1].name}"
     typer.echo(
         f"{len(samples)} images with {record['sampler']}/{record['scheduler']}, "
-        f"{record['network_calls']} network calls each: {where}"
+        f"{_calls(record)} network calls each: {where}"
     )
 
 
@@ -106,7 +106,16 @@ def calls_bar() -> Any:
     columns = TextColumn("network calls"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("")
-        yield lambda step: bar.update(task, completed=step.call, total=step.calls)
+        yield lambda step: bar.update(task, completed=step.call, total=step.calls or None)
+
+
+def _calls(record: dict[str, Any]) -> str:
+    """How many calls a picture took; a sampler that chooses its steps by the data may take more for some."""
+    counts = record["network_calls"]
+    if isinstance(counts, int):
+        return str(counts)
+    low, high = min(counts), max(counts)
+    return str(low) if low == high else f"{low} to {high}"
 
 
 def _labels(model: Model, text: str | None) -> int | list[int] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, Self
 
 import torch
@@ -63,6 +64,18 @@ class BaseDenoiser(ABC):
             The estimate, in x's shape and type.
         """
 
+    def many(self, x: Tensor, levels: Sequence[Level]) -> Tensor:
+        """Estimate x_0 at points of several levels, in one network call where that is possible.
+
+        Args:
+            x: A batch of points for each level, shape (K, B, ...).
+            levels: Their K noise levels.
+
+        Returns:
+            The estimates, in x's shape and type; row k is that of `self(x[k], levels[k])`, up to rounding.
+        """
+        return torch.stack([self(*pair) for pair in zip(x, levels, strict=True)])
+
     def guided_pair(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """The guided estimate, and the weak one that guidance pushes away from.
 
@@ -70,6 +83,12 @@ class BaseDenoiser(ABC):
             InvalidInputError: If there is no guidance.
         """
         raise no_guidance(self.name)
+
+    def guided_pairs(self, x: Tensor, levels: Sequence[Level]) -> tuple[Tensor, Tensor]:
+        """`guided_pair` at points of several levels; see `many`."""
+        pairs = [self.guided_pair(*pair) for pair in zip(x, levels, strict=True)]
+        guided, weak = (torch.stack(values) for values in zip(*pairs, strict=True))
+        return guided, weak
 
     def derivative(self, x: Tensor, along: Tensor, level: Level) -> Tensor:
         """`dD/dlog_snr` at a point that moves.

@@ -100,11 +100,10 @@ class Denoiser(BaseDenoiser):
             To be called with the point of the first level, then of the second...
         """
         form, network, conditions = self._parameterisation, self.network, self._conditions
-        weight = self._first_weight()
-        own = x.dtype if weight is None else weight.dtype
-        # Times never go below float32: bfloat16 does not tell 999 from 1000.
-        kind = torch.float64 if own == torch.float64 else torch.float32
-        column = torch.tensor([form.time(level) for level in levels], dtype=kind, device=x.device)
+        own, of_times = self._types(x)
+        column = torch.tensor(
+            [form.time(level) for level in levels], dtype=of_times, device=x.device
+        )
         times = iter(column.unsqueeze(1).repeat(1, x.shape[0]).unbind())
         scales = iter([form.input_scale(level) for level in levels])
 
@@ -120,6 +119,23 @@ class Denoiser(BaseDenoiser):
 
         return output
 
+    def many(self, x: Tensor, levels: Sequence[Level]) -> Tensor:
+        """Estimate x_0 at points of several levels, in one call of the network; see `BaseDenoiser`."""
+        form = self._parameterisation
+        numbers = [(*form.skip_out(level), form.input_scale(level)) for level in levels]
+        skip, out, scale = x.new_tensor(numbers).view(len(x), 3, *(1,) * (x.ndim - 1)).unbind(1)
+        own, of_times = self._types(x)
+        times = torch.tensor(
+            [form.time(level) for level in levels], dtype=of_times, device=x.device
+        )
+        repeated = {
+            name: _repeated(value, *x.shape[:2]) for name, value in self._conditions.items()
+        }
+        output = self.with_conditions(**repeated)._called(
+            (scale * x).flatten(0, 1).to(own), times.repeat_interleave(x.shape[1])
+        )
+        return skip * x + out * output.to(x.dtype).reshape(x.shape)
+
     def derivative(self, x: Tensor, along: Tensor, level: Level) -> Tensor:
         """`dD/dlog_snr` by differentiating the network; see `BaseDenoiser`.
 
@@ -134,10 +150,8 @@ class Denoiser(BaseDenoiser):
         moving = along + rate(lambda level: level.alpha) / here.alpha * x
         scale, scale_rate = form.input_scale(here), rate(form.input_scale)
         skip, out = form.skip_out(here)
-        weight = self._first_weight()
-        own = x.dtype if weight is None else weight.dtype
-        times = torch.float64 if own == torch.float64 else torch.float32
-        t = x.new_full((x.shape[0],), form.time(here), dtype=times)
+        own, of_times = self._types(x)
+        t = x.new_full((x.shape[0],), form.time(here), dtype=of_times)
         output, change = self._called_with_change(
             ((scale * x).to(own), t),
             ((scale_rate * x + scale * moving).to(own), torch.full_like(t, rate(form.time))),
@@ -194,11 +208,30 @@ class Denoiser(BaseDenoiser):
         new._conditions = {**self._conditions, **conditions}
         return new
 
+    def _types(self, x: Tensor) -> tuple[torch.dtype, torch.dtype]:
+        """The network's own type, and that of its times, which is never below float32."""
+        weight = self._first_weight()
+        own = x.dtype if weight is None else weight.dtype
+        # bfloat16 does not tell the time 999 from 1000.
+        return own, torch.float64 if own == torch.float64 else torch.float32
+
     def _first_weight(self) -> Tensor | None:
         """The first floating-point weight of a torch module: it tells the module's type and device."""
         if not isinstance(self.network, nn.Module):
             return None
         return next((p for p in self.network.parameters() if p.is_floating_point()), None)
+
+
+def _repeated(condition: Any, rows: int, images: int) -> Any:
+    """A condition of the images, for rows of the same images; one without a batch stays as it is."""
+    if (
+        not isinstance(condition, Tensor)
+        or not condition.ndim
+        or len(condition) not in (1, images)
+    ):
+        return condition
+    each = condition.expand(images, *condition.shape[1:])
+    return each.repeat(rows, *(1,) * (condition.ndim - 1))
 
 
 def _without_variance(output: object, x: Tensor) -> Tensor:

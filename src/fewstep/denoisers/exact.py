@@ -96,7 +96,8 @@ class GaussianMixture(BaseDenoiser):
     def derivative(self, x: Tensor, along: Tensor, level: Level) -> Tensor:
         """`dD/dlog_snr` along a direction; see `BaseDenoiser`."""
         before, here, after = beside(self.process, level)
-        change = torch.func.jvp(lambda point: self(point, here), (x,), (along,))[1]
+        _, change = torch.autograd.functional.jvp(lambda point: self(point, here), (x,), (along,))
+        assert isinstance(change, Tensor)
         point = x.to(_exact_type(x)) / here.alpha
         difference = self(after.alpha * point, after) - self(before.alpha * point, before)
         return change + (difference / (2 * NEARBY)).to(x.dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -102,6 +102,12 @@ class Guided(Wrapper):
     def pair(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """The strong and the weak estimate."""
 
+    def pairs(self, x: Tensor, levels: Sequence[Level]) -> tuple[Tensor, Tensor]:
+        """`pair` at points of several levels, shape (K, B, ...)."""
+        pairs = [self.pair(*pair) for pair in zip(x, levels, strict=True)]
+        strong, weak = (torch.stack(values) for values in zip(*pairs, strict=True))
+        return strong, weak
+
     @abstractmethod
     def derivative_pair(self, x: Tensor, along: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """The derivatives of both."""
@@ -129,6 +135,28 @@ class Guided(Wrapper):
             return strong, strong
         strong, weak = self.pair(x, level)
         return self._pushed(strong, weak), weak
+
+    def many(self, x: Tensor, levels: Sequence[Level]) -> Tensor:
+        """The guided estimates at several levels, shape (K, B, ...)."""
+        return self.inner.many(x, levels) if self.scale == 1 else self.guided_pairs(x, levels)[0]
+
+    def guided_pairs(self, x: Tensor, levels: Sequence[Level]) -> tuple[Tensor, Tensor]:
+        """`guided_pair` at several levels: those where guidance acts together, and the others together."""
+        if self._memory is not None:  # each push needs the one before
+            return super().guided_pairs(x, levels)
+        guided, weak = torch.empty_like(x), torch.empty_like(x)
+        for acts in (True, False):
+            rows = [k for k, level in enumerate(levels) if self._acts(level) == acts]
+            points, there = x[rows], [levels[k] for k in rows]
+            if not rows:
+                continue
+            if acts:
+                strong, weak[rows] = self.pairs(points, there)
+                pushed = self._pushed(strong.flatten(0, 1), weak[rows].flatten(0, 1))
+                guided[rows] = pushed.reshape(points.shape)
+            else:
+                guided[rows] = weak[rows] = self.inner.many(points, there)
+        return guided, weak
 
     def derivative(self, x: Tensor, along: Tensor, level: Level) -> Tensor:
         """The guided derivative; see `BaseDenoiser`."""
@@ -217,6 +245,11 @@ class ClassifierFree(Guided):
         strong, weak = self._both(x)(torch.cat([x, x]), level).chunk(2)
         return strong, weak
 
+    def pairs(self, x: Tensor, levels: Sequence[Level]) -> tuple[Tensor, Tensor]:
+        """Both estimates at points of several levels, in one batched call."""
+        strong, weak = self._both(x[0]).many(torch.cat([x, x], 1), levels).chunk(2, 1)
+        return strong, weak
+
     def derivative_pair(self, x: Tensor, along: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """The derivatives of both."""
         both = self._both(x).derivative(torch.cat([x, x]), torch.cat([along, along]), level)
@@ -272,6 +305,10 @@ class AutoGuided(Guided):
     def pair(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """The model's estimate and the weaker model's."""
         return self.inner(x, level), self.weak(x, level)
+
+    def pairs(self, x: Tensor, levels: Sequence[Level]) -> tuple[Tensor, Tensor]:
+        """Both estimates at points of several levels."""
+        return self.inner.many(x, levels), self.weak.many(x, levels)
 
     def derivative_pair(self, x: Tensor, along: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """The derivatives of both."""

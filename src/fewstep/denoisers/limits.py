@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -23,10 +24,22 @@ class Limit(Wrapper):
         """The limited estimate, in x's shape."""
         return self.limited(self.inner(x, level))
 
+    def many(self, x: Tensor, levels: Sequence[Level]) -> Tensor:
+        """The limited estimates."""
+        return self._limited_rows(self.inner.many(x, levels))
+
     def guided_pair(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """Both estimates, limited."""
         guided, weak = self.inner.guided_pair(x, level)
         return self.limited(guided), self.limited(weak)
+
+    def guided_pairs(self, x: Tensor, levels: Sequence[Level]) -> tuple[Tensor, Tensor]:
+        """Both estimates at several levels, limited."""
+        guided, weak = self.inner.guided_pairs(x, levels)
+        return self._limited_rows(guided), self._limited_rows(weak)
+
+    def _limited_rows(self, denoised: Tensor) -> Tensor:
+        return self.limited(denoised.flatten(0, 1)).reshape(denoised.shape)
 
 
 class Clipped(Limit):

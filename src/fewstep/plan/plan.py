@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -30,6 +30,10 @@ from fewstep.plan.lowering import LinearForm, Program, lower
 from fewstep.plan.rules import broken_rules
 from fewstep.plan.tape import Tape, Vector
 from fewstep.process import Level, Process, from_dict
+
+if TYPE_CHECKING:
+    from fewstep.plan.analysis import Influence, Stability
+    from fewstep.plan.parallel import ParallelResult, Round
 
 FORMAT, VERSION = "fewstep-plan", 1
 
@@ -141,6 +145,108 @@ class Plan:
             NonFiniteError: If a NaN or infinity appears; names the component, the call and the level.
         """
         return execute(self, denoiser, x, noise, on_step)
+
+    def run_parallel(
+        self,
+        denoiser: DenoiserLike,
+        x: Tensor,
+        noise: NoiseSource | None = None,
+        *,
+        window: int | None = None,
+        tolerance: float = 1e-3,
+        on_round: Callable[[Round], None] | None = None,
+    ) -> ParallelResult:
+        """Carry x from the first level to the last in few rounds of the network, each with many calls in one batch.
+
+        The result is that of `run` within the tolerance. After k rounds the first k calls are exact, so there are
+        never more rounds than calls; on smooth models there are far fewer. All in all the network does more work than
+        in a sequential run: this pays where a larger batch costs little more time, as on a GPU with few images.
+
+        Args:
+            denoiser: As for `run`. With a method `many(x, levels)`, as all of Fewstep have, the calls of a round are
+                one batch; otherwise they are made one by one. It must not remember earlier calls.
+            x: As for `run`.
+            noise: As for `run`; each draw is made once.
+            window: Largest number of calls that are evaluated at once, >= 1; by default a third of all, at least 8. A
+                larger one takes somewhat fewer rounds and many more calls. Images that move on at different pace may
+                have some more evaluated at once. Memory is that of a network call with `window` times the images, and
+                some 8 tensors of that size.
+            tolerance: How far the result may be from that of `run`, as root mean square over an image, >= 0. A call is
+                done when its point moved by at most `tolerance * sigma / 100` since it was evaluated. That
+                bounds the result's distance on smooth models; one that carries nearby points to different images can
+                end further off. 0 asks for the result of `run` up to rounding. A network in bfloat16 has rounding of
+                its own, and needs 0.03 or so.
+            on_round: Called after each round with a `Round`.
+
+        Returns:
+            The point at the last level, the rounds and the network calls. An image does not depend on the others.
+
+        Raises:
+            InvalidInputError: As for `run`; or if the Plan asks for derivatives, an argument is out of range, or the
+                denoiser remembers earlier calls.
+            NonFiniteError: If the network gives a NaN or infinity; names the call and the level.
+
+        Source: Shih et al. 2023, arXiv 2305.16317.
+        """
+        from fewstep.plan.parallel import run_parallel
+
+        return run_parallel(self, denoiser, x, noise, window, tolerance, on_round)
+
+    def influence(self, spread: float = 1.0) -> Influence:
+        """How strongly each network call reaches the result.
+
+        Written out, the result is `R start + sum B_k D_k + sum E_m noise_m`. The *direct* weights are B: what an
+        error in one estimate does if all later ones stay as they are. But they do not: the *total* weights are the
+        derivatives of the result where the estimates follow, for data that are normal with standard deviation
+        `spread` along the direction of the error.
+
+        Args:
+            spread: Standard deviation of the data, > 0.
+
+        Returns:
+            Both, for each answer of the network, the start and the draws; `print` shows a table.
+
+        Raises:
+            InvalidInputError: If spread is not a finite number > 0.
+
+        >>> import fewstep as fs
+        >>> plan = fs.plan("ddim", fs.Grid.from_ratios(fs.process.edm(), [3, 2, 1]))
+        >>> print(plan.influence().direct.answers.round(3))
+        [0.167 0.5  ]
+        """
+        from fewstep.plan.analysis import influence
+
+        return influence(self, spread)
+
+    def stability(self, spreads: Sequence[float] | None = None) -> Stability:
+        """How errors of the start and of the network grow, as multiples of how they grow in the exact solution.
+
+        Data that are normal make the estimates linear, so the answer is exact for them: `start`, `width` and `errors`
+        for each spread, and the largest factor of all.
+
+        Args:
+            spreads: Standard deviations of the data, > 0; by default 51 from 0.001 to 100.
+
+        Returns:
+            The factors; `print` shows the largest ones.
+
+        Raises:
+            InvalidInputError: If a spread is not a finite number > 0.
+
+        >>> import fewstep as fs
+        >>> grid = fs.schedulers.karras(fs.process.vp_linear(), steps=5)
+        >>> [round(fs.plan(name, grid).stability().factor, 1) for name in ("ddim", "dpmpp_2m", "heun")]
+        [0.9, 1.2, 11.3]
+        """
+        from fewstep.plan.analysis import SPREADS, stability
+
+        return stability(self, SPREADS if spreads is None else spreads)
+
+    def describe(self) -> str:
+        """The Plan as text to read: names and options, rules, a table of its steps, influence and stability."""
+        from fewstep.plan.analysis import describe
+
+        return describe(self)
 
     def to_dict(self) -> dict[str, Any]:
         """The Plan as plain data."""

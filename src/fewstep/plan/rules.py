@@ -26,8 +26,8 @@ from fewstep.plan.instructions import (
 from fewstep.process import Level
 
 TOLERANCE = 1e-8
-ROUNDING = 1e-13
-"""What is left of the start where its coefficients cancel in float64."""
+ROUNDING = 1e-12
+"""What is left where coefficients cancel in float64, of the start or of large multiples of the network's outputs."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Row:
         outputs: Coefficients on the estimates of x_0, in the order of the calls; a guided pair has two.
         slopes: Coefficients on the derivatives of the estimate, which vanish on a data set of one point.
         draws: Coefficients on the noise draws, in order.
+        along: The direction of a derivative that is taken at the point.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Row:
     outputs: np.ndarray
     slopes: np.ndarray
     draws: np.ndarray
+    along: Row | None = None
 
 
 def expand(program: Sequence[Instruction], result: int, last: Level) -> Iterator[Row]:
@@ -61,15 +63,20 @@ def expand(program: Sequence[Instruction], result: int, last: Level) -> Iterator
     last_use = {register: k for k, i in enumerate(program) for register in reads(i)}
     rows = {0: np.eye(1, len(columns))[0]}
 
-    def row(name: str, register: int, level: Level) -> Row:
+    def row(name: str, register: int, level: Level, along: Row | None = None) -> Row:
         start, *others = np.split(rows[register], parts)
-        return Row(name, level, float(start[0]), *others)
+        return Row(name, level, float(start[0]), *others, along=along)
 
     call = 0
     for k, instruction in enumerate(program):
         if isinstance(instruction, CALLS):
             call += 1
-            yield row(f"the point of network call {call}", instruction.point, instruction.level)
+            along = None
+            if isinstance(instruction, Differentiate):
+                along = row(f"the direction of call {call}", instruction.along, instruction.level)
+            yield row(
+                f"the point of network call {call}", instruction.point, instruction.level, along
+            )
         if isinstance(instruction, Combine):
             terms = [c * rows[register] for register, c in instruction.terms]
             rows[instruction.out] = np.sum(terms, axis=0)
@@ -97,7 +104,8 @@ def broken_rules(
                 f"{row.name} carries {signal:.9g} of the data where its level has alpha={row.level.alpha:.9g}",
             )
         noise = np.hypot(row.start * first.sigma, np.linalg.norm(row.draws))
-        size = TOLERANCE * (noise + row.level.sigma) + ROUNDING * first.sigma
+        lost = ROUNDING * (first.sigma + np.abs(row.outputs).sum())
+        size = TOLERANCE * (noise + row.level.sigma) + lost
         if "noise" not in broken and not abs(noise - row.level.sigma) <= size:
             broken.add("noise")
             yield (

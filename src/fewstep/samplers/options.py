@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fewstep.registry import Option
 
@@ -19,6 +19,21 @@ SdeEta = Annotated[
 ]
 NoiseFactor = Annotated[
     float, Option("factor on the fresh noise; anything but 1 changes the noise level", 0, 10)
+]
+SolverType = Annotated[
+    Literal["midpoint", "heun"],
+    Option("how the second-order step weighs the slope: by half of the estimate's, or exactly"),
+]
+Corrected = Annotated[
+    bool,
+    Option("the method of the order that its name promises, in place of the published formula"),
+]
+LowerOrderFinal = Annotated[
+    bool, Option("below 15 steps: end with a step of order 2 and one of order 1")
+]
+Variable = Annotated[
+    Literal["ratio", "flow_time"],
+    Option("what a step is measured in: sigma/alpha, or the flow time sigma/(alpha+sigma)"),
 ]
 Churn = Annotated[
     float, Option("noise that is added and removed again over all steps together", 0, math.inf)

@@ -86,6 +86,7 @@ def plan(sampler: str | Callable[..., Vector], grid: Grid, **options: Any) -> Pl
         return trace(sampler, grid, getattr(sampler, "__name__", "custom"), **options)
     entry = SAMPLERS.find(sampler)
     resolved = entry.resolve(options)
-    if entry.eager:
+    # A function among the options looks at the data, so what it decides cannot be traced.
+    if entry.eager or any(callable(value) for value in resolved.values()):
         return EagerPlan(entry.function, grid, entry.name, resolved)
     return trace(entry.function, grid, entry.name, **resolved)
