@@ -430,7 +430,7 @@ def test_names_options_and_steps_are_checked(toy):
         fs.sample(toy, sampler="ddim", sampler_options={"eta": -1})
 
 
-@pytest.mark.parametrize("steps", [0, -3, 1001, 2.5, "x", None, [5]])
+@pytest.mark.parametrize("steps", [0, -3, 2.5, "x", None, [5]])
 def test_steps_out_of_range(toy, steps):
     with pytest.raises(InvalidInputError, match="steps"):
         fs.sample(toy, steps=steps)
@@ -558,7 +558,7 @@ def test_the_record_is_json_and_says_everything(toy):
         "karras",
     )
     assert record["sampler_options"] == {"eta": 0.5, **record["sampler_options"]}
-    assert record["scheduler_options"] == {"rho": 7.0}
+    assert record["scheduler_options"] == {"rho": 7.0, "tail": "zero"}
     assert record["clip"] is True and record["guidance"] == 1.0 and record["labels"] is None
     again = fs.sample(
         toy,

@@ -107,8 +107,22 @@ fewstep sample digits --scheduler karras --scheduler-option rho=5
 ```
 
 In the formulas `T` is the number of entries of the training table (1000 for a process in continuous time), index 0
-its least noisy entry, `n` the number of steps, and `i` counts from 0. *Between entries* says whether a scheduler
-visits fractional times of a table. The levels shown are those for 5 steps on `vp_linear`.
+its least noisy entry, `n` the number of steps, and `i` counts from 0; `sigma_max` and `sigma_min` are the ends of the
+process's range of `sigma / alpha`. *Between entries* says whether a scheduler visits fractional times of a table. The
+levels shown are those for 5 steps on `vp_linear`.
+
+![Levels of each scheduler](images/schedulers.png)
+
+Every scheduler takes every process and every number of steps from 1 up, and its levels fall strictly:
+
+- Formulas and tables in `sigma / alpha` mean the same `sigma / alpha` on every process, so a table made for Stable
+  Diffusion starts at 14.6 on a process that goes up to 157. Levels outside the process's range, or twice on its end,
+  are spread evenly in log_snr from the end of the range to the nearest level inside.
+- Where indices are rounded to the same entry, the later one, seen from clean data, moves up to the next free entry.
+  More steps than the table has entries are spread evenly over it.
+- A process that starts at pure noise starts there; the curve goes on from one entry of the table below.
+- Some names stand for a scheduler with other options: `sgm_uniform` is `normal` with `tail=cut`. Each entry lists
+  its own.
 
 `fewstep schedulers` prints this list and `fewstep schedulers NAME` one entry. For levels of your own see
 [Sampling](sampling.md#levels-by-hand), for a scheduler of your own [Plans](plans.md#a-scheduler-of-your-own).

@@ -20,7 +20,7 @@ IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
 COLOURS = {
     "ddim": "#4c72b0",
     "dpmpp_2m": "#dd8452",
-    "unipc": "#55a868",
+    "ipndm": "#55a868",
     "heun": "#c44e52",
     "ddpm": "#8172b3",
 }
@@ -38,8 +38,8 @@ STYLE = {
 
 
 def influence() -> Figure:
-    """Total influence of each call, for four samplers of ten calls."""
-    figure, panels = pyplot.subplots(1, 4, figsize=(10, 2.8), sharey=True, layout="constrained")
+    """Total influence of each call, for four samplers of ten calls or so."""
+    figure, panels = pyplot.subplots(1, 4, figsize=(10, 2.6), layout="constrained")
     for panel, name in zip(panels, ("ddim", "dpmpp_2m", "heun", "ddpm"), strict=True):
         plan = _plan(name, 6 if name == "heun" else 10)
         found = plan.influence()
@@ -56,7 +56,7 @@ def stability() -> Figure:
     """How much more errors grow than in the exact solution, over the spread of the data."""
     figure, panels = pyplot.subplots(1, 2, figsize=(10, 3.2), sharey=True, layout="constrained")
     for panel, steps in zip(panels, (5, 20), strict=True):
-        for name in ("ddim", "dpmpp_2m", "unipc", "heun"):
+        for name in ("ddim", "dpmpp_2m", "ipndm", "heun"):
             found = _plan(name, steps).stability()
             panel.loglog(found.spreads, found.worst, color=COLOURS[name], label=name)
             panel.loglog(found.spreads, found.start, color=COLOURS[name], linestyle=":")
@@ -108,6 +108,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
 
 
 def main() -> None:
+    """Draw the figures that are named, or all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(FIGURES)}; all")
     parser.add_argument("--out", type=Path, default=IMAGES, help="folder for the pictures")

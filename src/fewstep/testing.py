@@ -377,7 +377,7 @@ def check_sampler(
     Source: of the test by order, Hairer, Norsett, Wanner 1993, Solving Ordinary Differential Equations I, section II.4.
 
     >>> print(check_sampler("dpmpp_2m"))
-    dpmpp_2m: measured order 2.02, 10 calls and 0 draws for 10 steps
+    dpmpp_2m: measured order 2.01, 10 calls and 0 draws for 10 steps
     """
     if isinstance(sampler, str):
         entry = SAMPLERS.find(sampler)

@@ -21,7 +21,15 @@ WEAK: list[tuple[Case, int]] = [
     (Case(SAMPLERS.find("ddim"), {"eta": 0.5}), 1),
     (Case(SAMPLERS.find("euler")), 1),
 ]
+MORE_COUNTS = {"dpmpp_dual_sde_momentumized": (384, 768)}
+"""Of what reaches its order late: this one comes to 1 from below."""
+
 DRAWING = [case for case in CASES if draws_noise(case)]
+OF_ANY_ORDER = [
+    pytest.param(case, marks=[] if case.is_named else pytest.mark.slow)
+    for case in DRAWING
+    if case.entry.order
+]
 FIRST_DRAWING = list({case.name: case for case in reversed(DRAWING)}.values())[::-1]
 """Of each sampler that can draw noise the first case that does: the defaults, if they do."""
 
@@ -48,16 +56,17 @@ def test_the_law_of_the_result_converges_to_the_data_with_the_stated_order(
     case: Case, order: int
 ) -> None:
     """On uneven steps, since smooth grids hide faults."""
-    coarse, fine = errors_of_the_law(case, PROCESSES["vp"], 192, 384, levels=grid)
+    counts = MORE_COUNTS.get(case.name, (192, 384))
+    coarse, fine = errors_of_the_law(case, PROCESSES["vp"], *counts, levels=grid)
     assert math.log2(coarse / fine) == pytest.approx(order, abs=0.2)
     limit = (2**order * fine - coarse) / (2**order - 1)  # extrapolated
     assert limit == pytest.approx(0, abs=3e-4)
 
 
-@pytest.mark.parametrize("case", [c for c in DRAWING if c.entry.order], ids=str)
+@pytest.mark.parametrize("case", OF_ANY_ORDER, ids=str)
 def test_with_any_option_the_law_converges(case: Case) -> None:
     if "noise" not in fs.plan(case.name, law_grid(PROCESSES["flow"], 8), **case.options).inexact:
-        coarse, fine = map(abs, errors_of_the_law(case, PROCESSES["flow"], 40, 160))
+        coarse, fine = map(abs, errors_of_the_law(case, PROCESSES["flow"], 40, 240))
         assert fine < max(coarse / 2, 1e-3)
 
 

@@ -19,25 +19,41 @@ from fewstep.schedulers import SCHEDULERS, make_grid
 VP, SD = fp.vp_linear(), fp.vp_scaled_linear()
 PURE = fp.vp_linear(zero_terminal_snr=True)
 NAMES = SCHEDULERS.names()
-BETWEEN_ENTRIES = ["normal", "karras", "exponential"]
-ON_ENTRIES = [name for name in NAMES if name not in BETWEEN_ENTRIES]
 
-FIRST_INDEX: dict[str, Callable[[int], float]] = {
-    "trailing": lambda n: 999,
-    "leading": lambda n: (n - 1) * (1000 // n),
-    "linspace": lambda n: 999,
-    "normal": lambda n: 999,
-    "simple": lambda n: 999,
-    "ddim_uniform": lambda n: 1 + 998 // (1000 // n) * (1000 // n),
-    "quadratic": lambda n: max(800, n - 1),
-    "karras": lambda n: 999,
-    "exponential": lambda n: 999,
+
+def alpha_bar_of_iddpm(j: int) -> float:
+    return math.sin(math.pi / 2 * j / 1000 / 1.008) ** 2
+
+
+ON_ENTRIES = [
+    *("trailing", "leading", "linspace", "simple", "ddim_uniform", "quadratic"),
+    *("beta", "lcm", "sd_turbo"),
+]
+"""Those that visit whole indices of the table, as long as there are enough."""
+
+OVER_THE_RANGE = [
+    *("linspace", "normal", "karras", "exponential", "kl_optimal", "time_uniform"),
+    *("golden", "phi", "cosine", "sinusoidal_sf"),
+]
+"""Those that begin at the noisiest level and end, before clean data, at the least noisy one."""
+
+STARTS_BELOW: dict[str, Callable[[int], float]] = {
+    "leading": lambda n: VP.ratio(float((n - 1) * (1000 // n))),
+    "ddim_uniform": lambda n: VP.ratio(float(1 + 998 // (1000 // n) * (1000 // n))),
+    "quadratic": lambda n: VP.ratio(float(max(800, n - 1))),
+    "align_your_steps": lambda n: SD.noisiest.ratio,
+    "gits": lambda n: 14.61464119,
+    "vp": lambda n: math.sqrt(math.expm1(19.9 / 2 + 0.1)),
+    "iddpm": lambda n: math.sqrt(alpha_bar_of_iddpm(1000) / alpha_bar_of_iddpm(5) - 1),
 }
-"""Index of the first level on a table of 1000, by number of steps."""
+"""First sigma / alpha on `vp_linear` of those that do not start at its noisiest level, by number of steps."""
+
+MAY_START_BELOW = [*STARTS_BELOW, "laplace", "optimal_steps"]
+SOME_COUNTS = sorted({*range(1, 31), *range(31, 1001, 43), 333, 500, 700, 999, 1000})
 
 
 def number_of_steps(name: str, n: int, size: int = 1000) -> int:
-    return math.ceil((size - 1) / (size // n)) if name == "ddim_uniform" else n
+    return math.ceil((size - 1) / (size // n)) if name == "ddim_uniform" and n <= size else n
 
 
 def indices(name: str, n: int, process: Process = VP) -> list[float]:
@@ -45,18 +61,14 @@ def indices(name: str, n: int, process: Process = VP) -> list[float]:
     return make_grid(name, process, n).times[:-1]
 
 
-def test_every_scheduler_is_covered() -> None:
-    assert set(FIRST_INDEX) == set(NAMES)
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_every_number_of_steps(name: str) -> None:
-    table = VP.ratio(torch.arange(1000)).tolist()
-    for n in range(1, 1001):
+    for n in SOME_COUNTS:
         grid = make_grid(name, VP, n)
         ratios = grid.ratios
         assert len(ratios) == number_of_steps(name, n) + 1, n
-        assert ratios[0] == pytest.approx(table[int(FIRST_INDEX[name](n))], rel=1e-15), n
+        first = STARTS_BELOW.get(name, lambda n: VP.noisiest.ratio)(n)
+        assert ratios[0] == pytest.approx(first, rel=1e-9), n
         assert ratios[-1] == grid.levels[-1].sigma == 0.0, n
         assert (np.diff(ratios) < 0).all(), n
         if name in ON_ENTRIES:
@@ -80,20 +92,19 @@ PROCESSES = [
 @pytest.mark.parametrize("name", NAMES)
 def test_every_process(name: str, process: Process) -> None:
     size = process.training_steps
-    for n in {1, 2, 3, 4, 7, 10, 50, 61, 333, 999, 1000, size} & set(range(1, size + 1)):
+    high, low = process.noisiest.ratio, process.least_noisy.ratio
+    for n in (1, 2, 3, 4, 7, 10, 50, 61, 1000, 1001):
         grid = make_grid(name, process, n)
         assert len(grid.steps) == number_of_steps(name, n, size)
         assert (np.diff(grid.ratios) < 0).all()
         assert grid.levels[-1] == process.clean
         assert all(isinstance(v, float) for lv in grid.levels for v in (lv.t, lv.alpha, lv.sigma))
-        first = grid.levels[0]
-        if name in ("leading", "ddim_uniform", "quadratic"):
-            continue
-        assert first.t == pytest.approx(process.t_max, rel=1e-14)
-        assert first.ratio == pytest.approx(process.noisiest.ratio, rel=1e-14)
-        if n > 1 and name in ("linspace", *BETWEEN_ENTRIES):
-            assert grid.ratios[-2] == pytest.approx(process.least_noisy.ratio, rel=1e-12)
-        assert len(set(grid.times)) == len(grid.times)
+        assert grid.ratios[0] <= high * (1 + 1e-12)
+        assert grid.ratios[-2] >= low * (1 - 1e-12)
+        if name not in MAY_START_BELOW:
+            assert grid.ratios[0] == pytest.approx(high, rel=1e-14), n
+        if n > 1 and name in OVER_THE_RANGE:
+            assert grid.ratios[-2] == pytest.approx(low, rel=1e-12), n
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -101,6 +112,7 @@ def test_the_function_and_the_name_make_the_same_grid(name: str) -> None:
     entry = SCHEDULERS.find(name)
     grid = make_grid(name, VP, 7)
     assert getattr(fs, name)(VP, 7) == grid
+    assert name in fs.__all__
     assert grid.scheduler == name
     assert grid.options == {option.name: option.default for option in entry.options}
     assert str(grid).startswith(f"{name} on vp_linear, {number_of_steps(name, 7)} steps: ")
@@ -125,33 +137,9 @@ def test_same_timesteps_as_diffusers(spacing: str) -> None:
     assert indices("linspace", 1) == [999.0]
 
 
-def test_leading_with_the_offset_of_stable_diffusion() -> None:
-    diffusers = pytest.importorskip("diffusers")
-    theirs = diffusers.DDIMScheduler(timestep_spacing="leading", steps_offset=1)
-    for n in (1, 7, 10, 30, 50, 501):
-        theirs.set_timesteps(n)
-        assert fs.leading(SD, n, offset=1).times[:-1] == theirs.timesteps.tolist()
+def test_leading_by_hand() -> None:
     assert indices("leading", 10) == [900, 800, 700, 600, 500, 400, 300, 200, 100, 0]
-
-
-@pytest.mark.parametrize(
-    ("name", "option"),
-    [
-        ("karras", "use_karras_sigmas"),
-        ("exponential", "use_exponential_sigmas"),
-        ("exponential", "use_lu_lambdas"),
-    ],
-)
-@pytest.mark.parametrize("n", [2, 5, 10, 37, 250])
-@pytest.mark.filterwarnings("ignore:__array__:DeprecationWarning")  # diffusers with numpy 2
-def test_same_ratios_as_diffusers(name: str, option: str, n: int) -> None:
-    diffusers = pytest.importorskip("diffusers")
-    pytest.importorskip("scipy")
-    theirs = diffusers.DPMSolverMultistepScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, **{option: True}
-    )
-    theirs.set_timesteps(n)
-    np.testing.assert_allclose(make_grid(name, SD, n).ratios, theirs.sigmas.double(), rtol=2e-5)
+    assert make_grid("stable_diffusion_leading", SD, 4).times[:-1] == [751, 501, 251, 1]
 
 
 def ends(process: Process) -> tuple[float, float]:
@@ -206,36 +194,6 @@ def test_karras_with_a_large_exponent_is_exponential() -> None:
     np.testing.assert_allclose(
         fs.karras(VP, 20, rho=1000).ratios, fs.exponential(VP, 20).ratios, rtol=0.03
     )
-
-
-PUBLISHED = {
-    "simple": [
-        *(14.6146412, 8.3028032, 5.0877632, 3.3210831, 2.2764631),
-        *(1.6128862, 1.1605783, 0.8298595, 0.5692849, 0.3416738),
-    ],
-    "normal": [
-        *(14.6146412, 7.8398829, 4.6091741, 2.9183071, 1.9501615),
-        *(1.3449278, 0.932358, 0.6249769, 0.3686577, 0.0291672),
-    ],
-    "ddim_uniform": [
-        *(8.3906848, 5.1344311, 3.3477636, 2.2928538, 1.6236921),
-        *(1.168216, 0.8356528, 0.5740503, 0.3461867, 0.0413144),
-    ],
-    "karras": [
-        *(14.6146412, 9.1029281, 5.478392, 3.1686031, 1.749417),
-        *(0.9140723, 0.4469182, 0.2013983, 0.0819102, 0.0291672),
-    ],
-    "exponential": [
-        *(14.6146412, 7.3248702, 3.6712309, 1.840024, 0.9222215),
-        *(0.4622182, 0.2316641, 0.1161103, 0.0581946, 0.0291672),
-    ],
-}
-"""Ten steps on Stable Diffusion's table, as ComfyUI computes them."""
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_ten_steps_on_stable_diffusion(name: str) -> None:
-    np.testing.assert_allclose(make_grid(name, SD, 10).ratios[:-1], PUBLISHED[name], rtol=4e-6)
 
 
 def test_eighteen_steps_of_edm() -> None:
@@ -303,18 +261,11 @@ def test_quadratic_reach() -> None:
 
 @pytest.mark.parametrize("name", ON_ENTRIES)
 @pytest.mark.parametrize("process", [VP, fp.vp_from_betas([0.1, 0.2, 0.3])], ids=["1000", "3"])
-def test_more_steps_than_entries(name: str, process: Process) -> None:
-    n = process.training_steps + 1
-    with pytest.raises(InvalidInputError) as caught:
-        make_grid(name, process, n)
-    for part in (f"{name}: {n} steps", f"table of {n - 1} entries", "fewer steps", "karras"):
-        assert part in str(caught.value)
-
-
-@pytest.mark.parametrize("name", BETWEEN_ENTRIES)
-def test_grids_between_the_entries_have_no_limit(name: str) -> None:
-    for process in (VP, PURE, fp.flow(), fp.edm(), fp.vp_from_betas([0.1, 0.2, 0.3])):
-        assert len(make_grid(name, process, 1500).steps) == 1500
+def test_more_steps_than_entries_are_spread_evenly(name: str, process: Process) -> None:
+    size = process.training_steps
+    for n in (size + 1, size + 2, 2 * size, 5 * size // 2):
+        expected = np.linspace(size - 1, 0, n)
+        np.testing.assert_allclose(indices(name, n, process), expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("steps", [0, -3, 2.5, 10.0, "10", True, None, math.nan])
@@ -342,6 +293,32 @@ def test_whole_numbers_of_numpy_will_do() -> None:
         ("leading", {"offset": 1.5}, ["offset=1.5", "a whole number"]),
         ("leading", {"offset": math.inf}, ["offset=inf"]),
         ("leading", {"offset": 100}, ["offset=100 runs past the table", "10 steps at most 99"]),
+        ("leading", {"tail": "none"}, ["tail='none'", "one of zero, cut, min", "default zero"]),
+        ("exponential", {"rho": 0}, ["exponential: rho=0 ", "a number in 0.1..10"]),
+        ("kl_optimal", {"data_std": 0}, ["kl_optimal: data_std=0 ", "0.001..1000"]),
+        ("laplace", {"beta": 0}, ["laplace: beta=0 ", "0.01..10"]),
+        ("laplace", {"mu": math.nan}, ["mu=nan"]),
+        ("vp", {"t_min": 0}, ["vp: t_min=0 ", "1e-06..0.5"]),
+        ("vp", {"fit": "maybe"}, ["fit='maybe'", "true or false"]),
+        ("time_uniform", {"power": 0}, ["time_uniform: power=0 ", "0.1..10"]),
+        ("iddpm", {"entries": 1}, ["iddpm: entries=1 ", "a whole number in 2..100000"]),
+        ("beta", {"alpha": 0}, ["beta: alpha=0 ", "0.1..10", "default 0.6"]),
+        ("beta", {"variable": "time"}, ["variable='time'", "one of index, ratio"]),
+        ("lcm", {"original_steps": 0}, ["lcm: original_steps=0 "]),
+        ("sd_turbo", {"original_steps": 2.5}, ["original_steps=2.5"]),
+        ("flow", {"shift": 0}, ["flow: shift=0 ", "0.01..100"]),
+        ("flow", {"terminal": 1}, ["flow: terminal=1 ", "0..0.9"]),
+        ("flow_dynamic", {"tokens": 0}, ["flow_dynamic: tokens=0 "]),
+        (
+            "flow_dynamic",
+            {"tokens_small": 4096},
+            ["tokens_small=4096 must lie below tokens_large=4096"],
+        ),
+        ("flow_dynamic", {"tokens": 10**6}, ["tokens=1000000 gives mu=", "the tokens of one"]),
+        ("linear_quadratic", {"threshold": 0.6}, ["threshold=0.6", "0.001..0.5"]),
+        ("align_your_steps", {"table": "sd3"}, ["table='sd3'", "one of sd15, sdxl, svd"]),
+        ("gits", {"coefficient": 1.51}, ["gits: coefficient=1.51 ", "0.8..1.5"]),
+        ("optimal_steps", {"model": "sd"}, ["model='sd'", "one of flux, wan, chroma"]),
         ("quadratic", {"reach": 1.01}, ["quadratic: reach=1.01", "0.01..1", "default 0.8"]),
         ("quadratic", {"reach": 0.0}, ["reach=0.0"]),
     ],
@@ -358,7 +335,7 @@ def test_options_as_text() -> None:
     assert make_grid("karras", VP, 5, rho="3.5") == fs.karras(VP, 5, rho=3.5)
     grid = make_grid("leading", VP, 5, offset="1")
     assert grid == fs.leading(VP, 5, offset=1)
-    assert grid.options == {"offset": 1}
+    assert grid.options == {"offset": 1, "tail": "zero"}
     assert isinstance(grid.options["offset"], int)
 
 

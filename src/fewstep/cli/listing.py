@@ -67,6 +67,8 @@ def schedulers(text: Words = "", as_json: AsJson = False) -> None:
     if not as_json and not text:
         cells = [(row["name"], row["title"], _defaults(row)) for row in rows]
         _table("Schedulers", ("name", "title", "options"), cells)
+        for line in _presets(rows):
+            typer.echo(line)
     else:
         _show("schedulers", rows, as_json)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import numpy as np
@@ -35,11 +36,11 @@ def golden(process: Process, steps: int, *, tail: Tail = "zero") -> Grid:
 
 
 @scheduler("gaussian_tail", title="Gaussian tail", paper="Extraltodeus")
-def gaussian_tail(process: Process, steps: int) -> Grid:
-    """`(sigma_max - sigma_min) erfc(3.2905 r / sqrt(2)) + sigma_min` with `r = i / (n - 1)`: the tail of a Gaussian."""
-    high, low = ends(process)
-    tails = np.array([math.erfc(3.2905 * r / math.sqrt(2)) for r in places(steps)])
-    return held_grid(process, low + (high - low) * tails)
+def gaussian_tail(process: Process, steps: int, *, tail: Tail = "zero") -> Grid:
+    """`sigma_min + (sigma_max - sigma_min) erfc(3.2905 r / sqrt(2))` with `r = i / (n - 1)`: a Gaussian's tail."""
+    return _between(
+        process, steps, tail, np.vectorize(lambda r: math.erfc(3.2905 * r / math.sqrt(2)))
+    )
 
 
 @scheduler("phi", title="Phi", paper="Extraltodeus; reForge")
@@ -48,10 +49,20 @@ def phi(
     steps: int,
     *,
     power: Annotated[float, Option("exponent of the golden ratio", 0, 5)] = 2.0,
+    tail: Tail = "zero",
 ) -> Grid:
     """`sigma_min + (sigma_max - sigma_min) (1 - r)^(phi^power)`, phi the golden ratio and `r = i / (n - 1)`."""
+    return _between(process, steps, tail, lambda r: (1 - r) ** GOLDEN_RATIO**power)
+
+
+def _between(
+    process: Process, steps: int, tail: str, share: Callable[[np.ndarray], np.ndarray]
+) -> Grid:
+    """The grid that goes from the lower to the upper end by a share, a function of the place r along the way."""
     high, low = ends(process)
-    return held_grid(process, low + (high - low) * (1 - places(steps)) ** GOLDEN_RATIO**power)
+    return ratio_grid(
+        process, steps, tail, lambda count: low + (high - low) * share(places(count))
+    )
 
 
 @scheduler(
@@ -67,13 +78,17 @@ def cosine(
     blend: Annotated[
         bool, Option("go over to the exponential curve in proportion to the way")
     ] = False,
+    tail: Tail = "zero",
 ) -> Grid:
     """`sigma_min + (sigma_max - sigma_min) (1 + cos(pi sqrt(r))) / 2` with `r = i / (n - 1)`."""
     high, low = ends(process)
-    r = places(steps)
-    curve = low + (high - low) * (1 + np.cos(np.pi * np.sqrt(r))) / 2
-    exponential = high * (low / high) ** r
-    return held_grid(process, curve + r * (exponential - curve) if blend else curve)
+
+    def curve(count: int) -> np.ndarray:
+        r = places(count)
+        wave = low + (high - low) * (1 + np.cos(np.pi * np.sqrt(r))) / 2
+        return wave + r * (high * (low / high) ** r - wave) if blend else wave
+
+    return ratio_grid(process, steps, tail, curve)
 
 
 @scheduler(
@@ -92,15 +107,20 @@ def sinusoidal_sf(
     factor: Annotated[
         float, Option("exponent; larger for more steps at low noise", 0.1, 10)
     ] = 3.5,
+    tail: Tail = "zero",
 ) -> Grid:
     """A power of a sine wave: `sigma_max ((sigma_min + (sigma_max - sigma_min) g) / sigma_max)^factor`.
 
     Here g is `1 - sin(pi r / 2)` with `r = i / (n - 1)`. What falls below the process's range moves inside.
     """
     high, low = ends(process)
-    r = places(steps)
-    wave = 1 - np.sin(np.pi / 2 * r) if shape == "sine" else (1 + np.cos(np.pi * r)) / 2
-    return held_grid(process, high * (low / high + (1 - low / high) * wave) ** factor)
+
+    def curve(count: int) -> np.ndarray:
+        angle = np.pi / 2 * places(count)
+        wave = 1 - np.sin(angle) if shape == "sine" else np.cos(angle) ** 2
+        return high * (low / high + (1 - low / high) * wave) ** factor
+
+    return ratio_grid(process, steps, tail, curve)
 
 
 @scheduler("simple_exponential", title="Simple exponential", paper="Clybius")

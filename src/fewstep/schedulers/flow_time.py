@@ -189,7 +189,7 @@ def bong_tangent(
     if steps == 1:
         return held_grid(process, np.array([math.inf]))
     size = steps + 2
-    middle = int(size * pivot)
+    middle = min(max(int(size * pivot), 2), size - 2)
     first = _arc(middle, slope * 40 / size, middle, 1.0, 0.5)
     second = _arc(size - middle, slope * 40 / size, 0, 0.5, 0.0)
     return held_grid(process, ratio_of(np.concatenate([first[:-1], second])[:-1]))

@@ -46,8 +46,13 @@ def ends(process: Process) -> tuple[float, float]:
 def ratio_grid(
     process: Process, steps: int, tail: str, curve: Callable[[int], np.ndarray]
 ) -> Grid:
-    """The grid of a curve of falling ratios, of which it can give any number."""
+    """The grid of a curve of falling ratios, of which it can give any number.
+
+    A curve that begins at the largest finite ratio begins at the noisiest level, which may be pure noise.
+    """
     ratios = curve(level_count(steps, tail))
+    if math.isclose(ratios[0], ends(process)[0], rel_tol=ROUNDING):
+        ratios[0] = process.noisiest.ratio
     return held_grid(process, ratios[:-1] if tail == "cut" else ratios, tail != "min")
 
 
@@ -65,7 +70,6 @@ def within(process: Process, ratios: np.ndarray) -> list[float]:
     high, low = ends(process)
     noisiest = process.noisiest.ratio  # infinite where the path starts at pure noise
     inside = (ratios > low * (1 + ROUNDING)) & (ratios < noisiest * (1 - ROUNDING))
-    at_top = not inside.any() or ratios[0] >= high * (1 - ROUNDING)
     order = np.arange(len(ratios))
     fixed = inside | (order == 0) | (order == len(ratios) - 1)
     if inside.any():
@@ -75,7 +79,7 @@ def within(process: Process, ratios: np.ndarray) -> list[float]:
     result = np.where(inside, ratios, np.exp(np.interp(order, order[fixed], logs[fixed]))).tolist()
     if len(result) > 1 and not inside[-1]:
         result[-1] = low
-    if at_top:
+    if not inside[0]:
         result[0] = noisiest
     return result
 
@@ -84,10 +88,8 @@ def index_grid(
     process: Process, steps: int, tail: str, indices: Callable[[int], Iterable[float]]
 ) -> Grid:
     """The grid of falling table indices, of which `indices` can give any number."""
-    falling = apart(
-        np.array(list(indices(level_count(steps, tail))), dtype=float), process.training_steps
-    )
-    visited = falling[:-1] if tail == "cut" else falling
+    falling = np.array(list(indices(level_count(steps, tail))), dtype=float)
+    visited = apart(falling[:-1] if tail == "cut" else falling, process.training_steps)
     return Grid.from_times(process, map(process.table_time, visited), end_clean=tail != "min")
 
 
