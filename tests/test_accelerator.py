@@ -51,7 +51,8 @@ def test_every_sampler_gives_the_pictures_of_the_cpu(name: str) -> None:
     assert there.isfinite().all()
     # Rounding differs, and a sampler may magnify it: half of the pixels must agree closely, all of them roughly.
     difference = (here - there).abs()
-    assert difference.median() < 1e-3
+    chooses_by_the_data = SAMPLERS.find(name).eager
+    assert difference.median() < (1e-2 if chooses_by_the_data else 1e-3)
     assert difference.max() < 0.2
 
 

@@ -83,7 +83,7 @@ def test_options_of_sampler_and_scheduler_reach_the_plan(tiny, tmp_path, monkeyp
     assert run(monkeypatch, "sample", tiny, *words, "--out", str(out)) == 0
     settings = read_metadata(out)
     assert settings["sampler_options"] == {"eta": 0.5}
-    assert settings["scheduler_options"] == {"rho": 5.0}
+    assert settings["scheduler_options"] == {"rho": 5.0, "tail": "zero"}
     assert (settings["labels"], settings["guidance"]) == ([0, 2], 2.0)
 
 
@@ -110,7 +110,7 @@ def test_a_sampler_that_chooses_its_steps_says_how_many_calls(tiny, tmp_path, mo
         (["--sampler", "ddim", "--sampler-option", "etta=1"], "did you mean 'eta'"),
         (["--sampler", "ddim", "--sampler-option", "eta=-1"], "number in 0..10"),
         (["--sampler", "ddim", "--sampler-option", "eta"], "write name=value"),
-        (["--scheduler", "simple", "--steps", "1001"], "1001 steps do not fit"),
+        (["--scheduler", "gits", "--scheduler-option", "coefficient=3"], "a number in 0.8..1.5"),
         (["--label", "9"], "classes 0..2"),
         (["--label", "dog"], "label 'dog'"),
         (["--guidance", "3"], "needs labels"),

@@ -18,6 +18,10 @@ from fewstep.plan.instructions import (
 from fewstep.process import Level
 
 
+ROUNDING = 1e-15
+"""A coefficient this small beside the largest of its sum is what is left where coefficients cancel."""
+
+
 class Vector:
     """A linear combination of registers; arithmetic only collects float64 coefficients.
 
@@ -138,13 +142,14 @@ class Tape:
 
     def _settle(self, x: Vector) -> int:
         """Give the point a register of its own; from then on x stands for that register, so programs stay short."""
-        terms = {register: c for register, c in x.terms.items() if c != 0.0} or {0: 0.0}
-        for c in terms.values():
+        for c in x.terms.values():
             if not math.isfinite(c):
                 raise InvalidInputError(
                     f"instruction {len(self.program)} would have the coefficient {c}; "
                     "the sampler divides by a level's alpha or sigma where it is 0, or by a step that is infinite"
                 )
+        least = ROUNDING * max(map(abs, x.terms.values()), default=0.0)
+        terms = {register: c for register, c in x.terms.items() if abs(c) > least} or {0: 0.0}
         if list(terms.values()) != [1.0]:
             out = self._new()
             self.program.append(Combine(out, tuple(terms.items())))

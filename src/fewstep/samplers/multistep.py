@@ -92,7 +92,12 @@ def _dpm_solver(
     title="DPM++ 2M",
     order=2,
     paper="Lu et al. 2022, arXiv:2211.01095",
-    aliases=("DPM-Solver++(2M)", "DPMSolverMultistepScheduler", "sample_dpmpp_2m"),
+    aliases=(
+        "DPM-Solver++(2M)",
+        "DPMSolverMultistepScheduler",
+        "EDMDPMSolverMultistepScheduler",
+        "sample_dpmpp_2m",
+    ),
 )
 def dpmpp_2m(tape: Tape, grid: Grid, solver_type: SolverType = "midpoint") -> Vector:
     """Second-order multistep on the data prediction, exact for the linear part of the ODE.
@@ -194,6 +199,7 @@ def res_multistep(
 @sampler(
     "unipc",
     title="UniPC",
+    family="implicit",
     order=3,
     paper="Zhao et al. 2023, arXiv:2302.04867",
     aliases=("uni_pc", "UniPCMultistepScheduler"),
