@@ -3,11 +3,13 @@
     python bench/choosing.py --images 2000 --device cuda --batch-size 500 \\
         --out docs/results/choosing.md --plot docs/images/choosing.png
 
-Two measures for each number of network calls, with as many steps as the calls pay for:
+Three measures for each number of network calls, with as many steps as the calls pay for:
 
 - the root mean square distance to the converged result of the same noise, for samplers that draw none of their own and
   solve the probability-flow ODE;
-- the Frechet distance to MNIST in the features of the bundled classifier, for all samplers.
+- for samplers that draw noise and solve the reverse SDE, the root mean square distance to their own result of many
+  steps along the same path of noise;
+- from 500 images on, the Frechet distance to MNIST in the features of the bundled classifier, for all samplers.
 
 Results are kept in a file after each run, so an interrupted benchmark goes on where it was. Samplers with a tolerance
 run at several of them, and count for the budgets that their calls fit into. CFG++ samplers run with their own guidance.
@@ -45,9 +47,15 @@ ADAPTIVE_STEPS = 20
 CFG_PP_GUIDANCE = 0.6
 """The scale of CFG++ in the middle of its useful range, which is 0 to 1."""
 
+LIMIT_STEPS = 250
+"""Steps to the limit of a sampler that draws noise."""
+
 CONVERGED = {"sampler": "unipc", "order": 3, "scheduler": "exponential", "steps": 200}
 WORST_SHOWN = 5.0
 """How far the plot goes up, in medians of all that was measured: a diverging run must not flatten it."""
+
+ENOUGH_IMAGES = 500
+"""With fewer pictures a Frechet distance says little, and is left out."""
 
 BEST = 5
 """How many of the best settings are named for each budget."""
@@ -75,6 +83,11 @@ class Setting:
     def has_solution(self) -> bool:
         """Whether it solves the ODE of the converged result."""
         return bool(self.entry.order) and not self.entry.stochastic and not self.is_guided
+
+    @property
+    def follows_a_path(self) -> bool:
+        """Whether it draws noise, and has a limit for each path of it."""
+        return bool(self.entry.order) and self.entry.stochastic and not self.is_guided
 
     def plan(self, process: fs.Process) -> fs.Plan | EagerPlan | None:
         """With the most steps that the budget pays for; None if it does not even pay for one."""
@@ -126,6 +139,7 @@ class Bench:
         self.noise = noise.initial()
         self.labels = torch.arange(images, device=self.device) % 10
         self.converged = self._converged(store)
+        self._limits: dict[str, Tensor] = {}
 
     def measure(self, setting: Setting) -> dict[str, Any]:
         """Calls, steps, and both distances, or what went wrong."""
@@ -144,22 +158,26 @@ class Bench:
             "steps": len(plan.levels) - 1,
             "distance": distance,
             **({"rmse": rmse} if setting.has_solution else {}),
+            **({"path": self._off_its_limit(setting, pictures)} if setting.follows_a_path else {}),
         }
+
+    def _off_its_limit(self, setting: Setting, pictures: Tensor) -> float:
+        name = setting.entry.name
+        if name not in self._limits:
+            grid = fs.schedulers.make_grid("exponential", self.model.process, LIMIT_STEPS)
+            self._limits = {name: self.run(fs.plan(name, grid), None)[0]}
+        return (pictures - self._limits[name]).square().mean().sqrt().item()
 
     def run(self, plan: fs.Plan | EagerPlan, guidance: float | None) -> tuple[Tensor, float]:
         """The pictures of a plan, and its network calls."""
-        generator = torch.Generator(self.device).manual_seed(0)
         pictures, calls = [], []
         for rows in torch.arange(self.images, device=self.device).split(self.batch_size):
             denoiser = self.model.with_conditions(labels=self.labels[rows])
             if guidance is not None:
                 null = {"labels": self.model.num_classes}
                 denoiser = fs.ClassifierFree(denoiser, guidance, null=null)
+            noise = fs.Noise(rows.tolist(), self.noise.shape[1:], self.device)
             x = plan.levels[0].sigma * self.noise[rows]
-
-            def noise(start: fs.Level, end: fs.Level, x: Tensor = x) -> Tensor:
-                return torch.randn(x.shape, device=x.device, generator=generator)
-
             if isinstance(plan, EagerPlan):
                 solution = plan.solve(denoiser, x, noise)
                 pictures.append(solution.x)
@@ -196,6 +214,12 @@ class Results:
                     f"{path} holds results of {stored['images']} images, not {images}; give another --cache"
                 )
             self.rows = stored["results"]
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """What so many images can tell."""
+        enough = self.images >= ENOUGH_IMAGES
+        return ("rmse", "path", "distance") if enough else ("rmse", "path")
 
     def add(self, key: str, row: dict[str, Any]) -> None:
         """Keep a result; a kill at any time leaves either the old file or the new one."""
@@ -253,31 +277,31 @@ def markdown(of: Table) -> list[str]:
 
 def page(results: Results, command: str) -> str:
     """The results as a document."""
-    rmse, distance = (table(results.rows, measure) for measure in ("rmse", "distance"))
     what = ", ".join(f"{name} {value}" for name, value in CONVERGED.items())
-    return "\n".join(
-        [
-            *header("Error against network calls on `digits`", command, ("torch",)),
-            f"{results.images} images, seeds from 0, labels 0 to 9 in turn. Steps are as many as the calls pay for.",
-            "",
-            "## Distance to the converged result",
-            "",
-            f"Root mean square over the pixels, in [-1, 1], to the result of {what}, of the same noise. Best first:",
-            "",
-            *best(rmse),
-            "",
-            *markdown(rmse),
-            "",
-            "## Distance to MNIST",
-            "",
-            "Frechet distance in the features of the bundled classifier, of all samplers. Best first:",
-            "",
-            *best(distance),
-            "",
-            *markdown(distance),
-            "",
-        ]
-    )
+    told = {
+        "rmse": (
+            "Distance to the converged result",
+            f"Root mean square over the pixels, in [-1, 1], to the result of {what}, of the same noise.",
+        ),
+        "path": (
+            "Samplers that draw noise",
+            f"Root mean square distance to their own result of {LIMIT_STEPS} steps (exponential) along the same path "
+            "of noise. Each has its own limit, so this says how soon it settles, not how good the picture is.",
+        ),
+        "distance": (
+            "Distance to MNIST",
+            "Frechet distance in the features of the bundled classifier, of all samplers.",
+        ),
+    }
+    lines = [
+        *header("Error against network calls on `digits`", command, ("torch",)),
+        f"{results.images} images, seeds from 0, labels 0 to 9 in turn. Steps are as many as the calls pay for.",
+    ]
+    for measure in results.measures:
+        title, text = told[measure]
+        of = table(results.rows, measure)
+        lines += ["", f"## {title}", "", f"{text} Best first:", "", *best(of), "", *markdown(of)]
+    return "\n".join([*lines, ""])
 
 
 def plot(results: Results, path: Path, highlighted: int = 6) -> None:
@@ -287,9 +311,17 @@ def plot(results: Results, path: Path, highlighted: int = 6) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    titles = {"rmse": "distance to the converged result", "distance": "Frechet distance to MNIST"}
-    figure, axes = plt.subplots(1, len(titles), figsize=(13, 5.5), constrained_layout=True)
-    for axis, (measure, title) in zip(axes, titles.items(), strict=True):
+    titles = {
+        "rmse": "distance to the converged result",
+        "path": "samplers that draw noise: distance to their own limit",
+        "distance": "Frechet distance to MNIST",
+    }
+    shown = results.measures
+    size = (6.5 * len(shown), 5.5)
+    figure, axes = plt.subplots(
+        1, len(shown), figsize=size, constrained_layout=True, squeeze=False
+    )
+    for axis, measure in zip(axes[0], shown, strict=True):
         lines = _envelopes(table(results.rows, measure))
         ranked = sorted(lines, key=lambda name: _mean_rank(lines, name))
         for place, name in reversed(list(enumerate(ranked))):
@@ -299,7 +331,7 @@ def plot(results: Results, path: Path, highlighted: int = 6) -> None:
                 axis.plot(budgets, values, "o-", ms=4, label=name, zorder=3)
             else:
                 axis.plot(budgets, values, color="0.8", lw=0.8)
-        axis.set(xscale="log", yscale="log", xlabel="network calls", title=title)
+        axis.set(xscale="log", yscale="log", xlabel="network calls", title=titles[measure])
         axis.set_xticks(BUDGETS, labels=list(map(str, BUDGETS)))
         axis.minorticks_off()
         axis.set_ylim(
@@ -355,8 +387,8 @@ def main() -> None:
         results.add(setting.key, row)
         print(f"{k}/{len(left)} {setting.key}: {json.dumps(row)}", flush=True)
     text = page(results, f"python bench/choosing.py --images {given.images}")
-    for title, measure in (("the converged result", "rmse"), ("MNIST", "distance")):
-        print(f"\nNearest to {title}:", *best(table(results.rows, measure)), sep="\n")
+    for measure in results.measures:
+        print(f"\nBest by {measure}:", *best(table(results.rows, measure)), sep="\n")
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
         given.out.write_text(text, encoding="utf-8")
