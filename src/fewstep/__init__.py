@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from fewstep import data, metrics, networks, testing, training
     from fewstep.models import Model, load
     from fewstep.sampling import Samples, sample
+    from fewstep.tuning import Tuning, tune
 
 __version__ = version("fewstep")
 
@@ -41,6 +42,8 @@ _LATER = {
     "load": "models",
     "Samples": "sampling",
     "sample": "sampling",
+    "Tuning": "tuning",
+    "tune": "tuning",
     "data": "",
     "metrics": "",
     "networks": "",
@@ -66,6 +69,7 @@ __all__ = [
     "Projection",
     "Samples",
     "Tape",
+    "Tuning",
     "Vector",
     "data",
     "denoisers",
@@ -81,6 +85,7 @@ __all__ = [
     "schedulers",
     "testing",
     "training",
+    "tune",
 ]
 
 

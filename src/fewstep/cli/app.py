@@ -13,6 +13,7 @@ from fewstep.cli.listing import samplers, schedulers
 from fewstep.cli.sample import sample
 from fewstep.cli.statistics import statistics
 from fewstep.cli.train import train
+from fewstep.cli.tune import tune
 
 app = typer.Typer(
     name="fewstep",
@@ -39,5 +40,5 @@ def _root(
     """Options before the command."""
 
 
-for command in (sample, train, statistics, demo, samplers, schedulers, doctor):
+for command in (sample, train, tune, statistics, demo, samplers, schedulers, doctor):
     app.command()(command)

@@ -12,9 +12,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fewstep.errors import InvalidInputError
 from fewstep.models import Model, load
+from fewstep.plan import Plan
 from fewstep.sampling import DEFAULT_SAMPLER, DEFAULT_SCHEDULER, DEFAULT_STEPS
 from fewstep.sampling import sample as make
 from fewstep.schedulers import Grid
+from fewstep.tuning import mismatches
 
 
 def sample(
@@ -60,6 +62,10 @@ def sample(
     times: Annotated[
         str | None, typer.Option(help="Falling times, then clean data: 999,700,400,100")
     ] = None,
+    plan: Annotated[
+        str | None,
+        typer.Option(help="A file with a plan, as fewstep tune writes it, in place of --sampler."),
+    ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -75,6 +81,16 @@ def sample(
     trained = load(model, device=device, weights=weights)
     labels = _labels(trained, label)
     grid = _grid(trained, sigmas, times)
+    ready = None
+    if plan is not None:
+        usual = (DEFAULT_SAMPLER, DEFAULT_SCHEDULER, DEFAULT_STEPS)
+        if grid is not None or (sampler, scheduler, steps) != usual:
+            raise InvalidInputError(
+                "--plan holds sampler and levels; leave --sampler, --scheduler, --steps, --sigmas and --times out"
+            )
+        ready = Plan.from_json(plan)
+        for mismatch in mismatches(ready, trained.name, guidance):
+            typer.echo(f"Warning: {mismatch}", err=True)
     with calls_bar() as on_step:
         samples = make(
             trained,
@@ -88,6 +104,7 @@ def sample(
             clip=clip,
             sampler_options=_options(sampler_option),
             scheduler_options=_options(scheduler_option),
+            plan=ready,
             batch_size=batch_size,
             on_step=on_step,
         )

@@ -17,7 +17,6 @@ from fewstep.plan.instructions import (
 )
 from fewstep.process import Level
 
-
 ROUNDING = 1e-15
 """A coefficient this small beside the largest of its sum is what is left where coefficients cancel."""
 

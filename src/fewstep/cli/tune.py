@@ -1,0 +1,195 @@
+"""`fewstep tune`: the best plan of a few calls for a model."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from fewstep.errors import CheckpointError, InvalidInputError
+from fewstep.models import Model, bundled_models, load
+
+if TYPE_CHECKING:
+    from fewstep.plan import Plan
+    from fewstep.tuning import Stage, Tuning
+
+INTERRUPTED = 130
+PLAIN_LINE_SECONDS = 10.0
+
+
+def tune(
+    model: Annotated[
+        str,
+        typer.Argument(help="A model folder, a training run, or a bundled model such as digits."),
+    ],
+    steps: Annotated[int, typer.Option(help="Network calls of the plan, 2 or more.")] = 5,
+    guidance: Annotated[
+        float, typer.Option(help="Classifier-free guidance that the plan is meant for; 1 is off.")
+    ] = 1.0,
+    method: Annotated[
+        Literal["learn", "search"],
+        typer.Option(help="learn, or search, which takes no gradients and changes only levels."),
+    ] = "learn",
+    iterations: Annotated[int, typer.Option(help="Steps of gradient descent at most.")] = 150,
+    images: Annotated[int, typer.Option(help="Images that the plan is fitted on.")] = 64,
+    held_out: Annotated[int, typer.Option(help="Other images, on which plans are compared.")] = 48,
+    batch_size: Annotated[
+        int, typer.Option(help="Images that go through the network together.")
+    ] = 16,
+    seed: Annotated[int, typer.Option(help="Seed of the first image.")] = 0,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The file to write; by default plans/tuned-STEPS.json beside the model."
+        ),
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="ema (averaged) or raw; raw only for training runs.")
+    ] = "ema",
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps...")] = "cpu",
+) -> None:
+    """Tune a plan of a few network calls to a model. Ctrl-C keeps the best so far; started again, it goes on."""
+    from fewstep.tuning import tune as find
+
+    trained = load(model, device=device, weights=weights)
+    file = _file(model, steps, guidance) if out is None else out
+    before = _before(file, trained, guidance)
+    _make_room(file)
+    latest: list[Stage] = []
+    try:
+        with _progress() as show:
+
+            def on_stage(stage: Stage) -> None:
+                latest[:] = [stage]
+                show(stage)
+
+            tuned = find(
+                trained,
+                steps,
+                guidance=guidance,
+                method=method,
+                start=before,
+                iterations=iterations,
+                images=images,
+                held_out=held_out,
+                batch_size=batch_size,
+                seed=seed,
+                on_stage=on_stage,
+            )
+    except KeyboardInterrupt:
+        best = latest[0].best if latest else None
+        if best is None:
+            typer.echo("Stopped before there was any plan; nothing is written.", err=True)
+        else:
+            _write(best.plan, file)
+            typer.echo(f"Stopped; the best plan so far is written. {best}: {file}")
+        raise typer.Exit(INTERRUPTED) from None
+    _write(tuned.plan, file)
+    _tell(tuned, file, model, guidance)
+
+
+def _file(model: str, steps: int, guidance: float) -> Path:
+    """Where the plan of a model is kept."""
+    if model in bundled_models():
+        raise InvalidInputError(
+            f"the bundled model {model} cannot be written to; give --out tuned-{steps}.json"
+        )
+    suffix = "" if guidance == 1 else f"-guidance-{guidance:g}"
+    return Path(model).expanduser() / "plans" / f"tuned-{steps}{suffix}.json"
+
+
+def _before(file: Path, model: Model, guidance: float) -> Plan | None:
+    """The plan that an earlier run left, to go on from; another one is not overwritten."""
+    from fewstep.plan import Plan
+    from fewstep.tuning import mismatches
+
+    if not file.exists():
+        return None
+    plan = Plan.from_json(file)
+    if mismatch := next(mismatches(plan, model.name, guidance), None):
+        raise InvalidInputError(f"{file} exists, and {mismatch}; give another --out")
+    typer.echo(f"Going on from {file}")
+    return plan
+
+
+def _write(plan: Plan, file: Path) -> None:
+    """Write a plan; a file that exists stays as it is until the new one is complete."""
+    temporary = file.with_name(f".tmp-{uuid.uuid4().hex}-{file.name}")
+    try:
+        plan.to_json(temporary)
+        os.replace(temporary, file)
+    except (OSError, InvalidInputError) as error:
+        temporary.unlink(missing_ok=True)
+        raise _unwritable(file, error) from error
+
+
+def _make_room(file: Path) -> None:
+    """Make the folder, so that what cannot be written is told before all the work."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _unwritable(file, error) from error
+
+
+def _unwritable(file: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"cannot write {file}: {error}; give another --out")
+
+
+def _tell(tuned: Tuning, file: Path, model: str, guidance: float) -> None:
+    for note in tuned.notes:
+        typer.echo(f"Note: {note}", err=True)
+    typer.echo(f"distance to the converged images, {tuned}")
+    words = ["fewstep", "sample", model, "--plan", str(file)]
+    if guidance != 1:
+        words += ["--label", "0", "--guidance", f"{guidance:g}"]
+    typer.echo(f"Use it: {shlex.join(words)}")
+    if tuned.method == "search":
+        ratios = ",".join(f"{level.ratio:.6g}" for level in tuned.plan.levels)
+        typer.echo(f"Its levels as sigmas, for {tuned.plan.sampler} anywhere: {ratios}")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Stage], None]]:
+    """Show stages: a bar on a terminal, and a plain line now and then elsewhere."""
+    if not sys.stdout.isatty():
+        yield _PlainLines()
+        return
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+    columns = TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()
+    with Progress(*columns, TextColumn("{task.fields[gain]}"), transient=True) as bar:
+        task = bar.add_task("", total=1.0, gain="")
+
+        def show(stage: Stage) -> None:
+            bar.update(task, description=stage.name, completed=stage.done, gain=_gain(stage))
+
+        yield show
+
+
+class _PlainLines:
+    """A line for each stage, and another one every few seconds."""
+
+    def __init__(self) -> None:
+        self.name, self.shown = "", 0.0
+
+    def __call__(self, stage: Stage) -> None:
+        now = time.monotonic()
+        if stage.name != self.name or now - self.shown >= PLAIN_LINE_SECONDS:
+            self.name, self.shown = stage.name, now
+            gain = _gain(stage)
+            typer.echo(f"{stage.name}: {stage.done:.0%}{'  ' + gain if gain else ''}")
+            sys.stdout.flush()
+
+
+def _gain(stage: Stage) -> str:
+    if stage.best is None:
+        return ""
+    return f"distance {stage.best.error:.4f}, {stage.best.gain:.2f} times nearer"

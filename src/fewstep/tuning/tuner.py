@@ -1,0 +1,353 @@
+"""`tune`: the best plan of a few calls for a model."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from fewstep.denoisers import BaseDenoiser, Denoiser
+from fewstep.denoisers.base import Wrapper
+from fewstep.errors import InvalidInputError, NonFiniteError, unknown_name
+from fewstep.noise import Noise
+from fewstep.plan import DenoiserLike, Plan
+from fewstep.samplers import plan
+from fewstep.schedulers import Grid, make_grid
+from fewstep.tuning.fit import Base, Loss, TunedTable, fit, mean_square
+from fewstep.tuning.purpose import OPTION, Purpose
+from fewstep.tuning.search import searched_grids
+from fewstep.tuning.table import table_of
+from fewstep.tuning.teacher import Lesson, conditioned, lesson
+
+TUNED = "tuned"
+"""Sampler of a plan with learned mixing weights."""
+
+BASES = ("unipc", "dpmpp_2m", "ddim")
+"""Samplers that tuning may start from."""
+
+SCHEDULERS = ("exponential", "karras", "trailing", "simple")
+"""Schedulers that tuning compares with, beside the levels it finds by itself."""
+
+FINE_STEPS = 48
+"""Steps of the converged results, at least."""
+
+HELD_OUT_SEED = 1 << 40
+"""How far the seeds of held-out noise are from those of the noise that is fitted on."""
+
+LOOK_EVERY, PATIENCE = 20, 6
+"""Steps of the fit between looks at held-out noise, and looks without gain before it ends."""
+
+LOWER_RATES = (1.0, 0.1)
+"""Factors on the learning rates: at first, and after the loss broke down."""
+
+Method = Literal["learn", "search"]
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A tuned plan and what it gains; root mean square distances to the converged results, on held-out noise.
+
+    Attributes:
+        plan: The plan: the tuned one, or the untuned start if tuning gained nothing. What it was tuned for stands in
+            its options.
+        error: Its distance.
+        start: Name of the best untuned plan of as many calls.
+        start_error: The distance of that one.
+        method: How the plan was found: "learn", "search", "given" if it is the one to go on from, or "none" where no
+            plan is better than the best untuned one.
+        untuned: The distance of every untuned plan that was tried, by name.
+        notes: What did not go as asked, such as a network without gradients.
+    """
+
+    plan: Plan
+    error: float
+    start: str
+    start_error: float
+    method: str
+    untuned: dict[str, float]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def gain(self) -> float:
+        """How many times nearer the plan comes than the start."""
+        return self.start_error / self.error if self.error else math.inf
+
+    def __str__(self) -> str:
+        found = f"{self.plan.calls} calls: {self.start} {self.start_error:.4f}"
+        if self.method == "none":
+            return f"{found}, tuning gained nothing"
+        return f"{found}, tuned ({self.method}) {self.error:.4f}, {self.gain:.2f} times nearer"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How far tuning has come.
+
+    Attributes:
+        name: What is being done.
+        done: Share of it that is done, 0..1.
+        best: The best plan so far, once there is one.
+    """
+
+    name: str
+    done: float
+    best: Tuning | None = None
+
+
+def tune(
+    model: BaseDenoiser,
+    steps: int,
+    *,
+    shape: Sequence[int] | None = None,
+    guidance: float = 1.0,
+    method: Method = "learn",
+    start: Plan | None = None,
+    images: int = 64,
+    held_out: int = 48,
+    iterations: int = 150,
+    batch_size: int = 16,
+    loss: Loss = mean_square,
+    rate: float = 1.0,
+    seed: int = 0,
+    on_stage: Callable[[Stage], None] = lambda stage: None,
+) -> Tuning:
+    """Find a plan of a few network calls whose results are as near as possible to the converged ones of the same noise.
+
+    First the best of the usual plans is looked up; then levels are chosen by dynamic programming on recorded paths;
+    then, with gradients, levels and mixing weights are fitted together. The best on held-out noise is returned, so the
+    result is never worse there than the usual plans.
+
+    Args:
+        model: A loaded model, or any denoiser. A model with classes is tuned on all of them alike; conditions that a
+            denoiser has already, one for each of some pictures, are taken in turn.
+        steps: Network calls of the plan, 2 or more.
+        shape: Shape of one picture, where the model does not know it.
+        guidance: Classifier-free guidance that the plan is meant for; 1 is off.
+        method: "learn", or "search" for dynamic programming alone, which needs no gradients.
+        start: A plan of as many calls to go on from, such as an earlier result.
+        images: Pictures that the plan is fitted on.
+        held_out: Other pictures, on which plans are compared.
+        iterations: Steps of gradient descent at most.
+        batch_size: Pictures in each.
+        loss: Of results and converged results, both of shape (B, ...); by default the mean square.
+        rate: Factor on the learning rates, > 0.
+        seed: Of the noise that is fitted on; held-out noise has other seeds.
+        on_stage: Told how far it has come, with the best plan so far. What it raises, as a KeyboardInterrupt does,
+            ends the tuning.
+
+    Returns:
+        The plan and its figures.
+
+    Raises:
+        InvalidInputError: If a number is out of range, the shape is missing, or the start does not fit.
+        NonFiniteError: If the model gives a NaN or infinity without any tuning.
+
+    Source: of the search, Chen et al. 2024, arXiv 2405.11326; of the fit, Watson et al. 2022, arXiv 2202.05830.
+
+    >>> import fewstep as fs
+    >>> centres = torch.tensor([[-1.0, 0.5], [0.5, 1.0]])
+    >>> model = fs.exact.GaussianMixture(centres, 0.2, process=fs.process.vp_linear())
+    >>> tuned = fs.tune(model, steps=3, method="search", images=16, held_out=16)
+    >>> tuned.plan.calls, tuned.error <= tuned.start_error
+    (3, True)
+    """
+    for name, value, least in (
+        ("steps", steps, 2),
+        ("images", images, 1),
+        ("held_out", held_out, 2),
+        ("iterations", iterations, 1),
+        ("batch_size", batch_size, 1),
+        ("seed", seed, 0),
+    ):
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise InvalidInputError(f"{name}={value!r} must be a whole number of at least {least}")
+    if method not in get_args(Method):
+        raise unknown_name("method", method, get_args(Method))
+    if not (math.isfinite(guidance) and 0 < rate < math.inf):
+        raise InvalidInputError(
+            f"guidance={guidance} and rate={rate} must be finite, the rate above 0"
+        )
+    size = model.shape if shape is None else tuple(shape)
+    if size is None:
+        raise InvalidInputError(
+            "this denoiser does not know the shape of its pictures; give shape=(channels, height, width)"
+        )
+    given = None if start is None else _checked(start, model, steps)
+    fine = make_grid("exponential", model.process, max(FINE_STEPS, 3 * steps))
+
+    def lessons(name: str, first: int, count: int) -> Lesson:
+        noise = Noise(range(first, first + count), size, model.device or "cpu")
+        pictures = conditioned(model, count, guidance)
+        return lesson(pictures, noise, fine, batch_size, lambda done: on_stage(Stage(name, done)))
+
+    test = lessons("converged results, held out", seed + HELD_OUT_SEED, held_out)
+    train = lessons("converged results", seed, images)
+    contest = _Contest(test, batch_size, _usual(model, steps), on_stage)
+    if given is not None:
+        contest.enter(given, "given")
+    _search(contest, train, steps)
+    if method == "learn":
+        if why := _not_learnable(train):
+            contest.note(f"levels were searched, not learned: {why}")
+        else:
+            _learn(contest, _batches(train, batch_size, seed), iterations, loss, rate)
+    return contest.best
+
+
+class _Contest:
+    """The best plan so far on held-out noise."""
+
+    def __init__(
+        self,
+        test: Lesson,
+        batch_size: int,
+        starts: dict[str, Plan],
+        on_stage: Callable[[Stage], None],
+    ) -> None:
+        self.test, self.batch_size, self.on_stage = test, batch_size, on_stage
+        untuned = {}
+        for name, made in starts.items():
+            untuned[name] = test.error_of(made, batch_size)
+            on_stage(Stage("usual plans", len(untuned) / len(starts)))
+        name = min(untuned, key=lambda name: untuned[name])
+        self.leader = starts[name]
+        self.best = Tuning(self.leader, untuned[name], name, untuned[name], "none", untuned)
+        self._crown(self.leader, untuned[name], "none")
+
+    def enter(self, made: Plan, method: str) -> float:
+        """Measure a plan, keep it if it is the best, and return its distance."""
+        error = self.test.error_of(made, self.batch_size)
+        if error < self.best.error:
+            self._crown(made, error, method)
+        return error
+
+    def note(self, text: str) -> None:
+        self.best = replace(self.best, notes=(*self.best.notes, text))
+
+    def tell(self, name: str, done: float) -> None:
+        self.on_stage(Stage(name, done, self.best))
+
+    def _crown(self, made: Plan, error: float, method: str) -> None:
+        pictures, start, start_error = self.test.model, self.best.start, self.best.start_error
+        purpose = Purpose(
+            pictures.model.name, pictures.guidance, method, error, start, start_error
+        )
+        self.leader = made
+        self.best = replace(self.best, plan=purpose.signed(made), error=error, method=method)
+
+
+def _search(contest: _Contest, train: Lesson, steps: int) -> None:
+    """Enter plans whose levels are chosen on recorded paths: all with one sampler, the best with the others too."""
+    grids = list(searched_grids(train, steps))
+    usual = contest.best.start.partition("/")[0]
+    first = usual if usual in BASES else BASES[0]
+    errors = []
+    for grid in grids:
+        errors.append(contest.enter(_plan(first, grid), "search"))
+        contest.tell("search", len(errors) / (len(grids) + 1))
+    best = grids[errors.index(min(errors))]
+    for base in BASES:
+        if base != first:
+            contest.enter(_plan(base, best), "search")
+    contest.tell("search", 1.0)
+
+
+def _learn(
+    contest: _Contest,
+    batches: Iterator[tuple[DenoiserLike, Tensor, Tensor]],
+    steps: int,
+    loss: Loss,
+    rate: float,
+) -> None:
+    """Fit levels and mixing weights from the best plan so far; back to the best of the fit if the loss breaks down."""
+    base = _base_of(contest.leader)
+    tuned = TunedTable(base, table_of(contest.leader))
+    facts = {"base": base.sampler, "base_options": base.options}
+    good, least, idle = copy.deepcopy(tuned.state_dict()), math.inf, 0
+    for lower in LOWER_RATES:
+        try:
+            for step, _ in enumerate(fit(tuned, batches, steps, loss=loss, rate=rate * lower), 1):
+                if step % LOOK_EVERY and step != steps:
+                    continue
+                error = contest.enter(tuned.table().plan(TUNED, **facts), "learn")
+                contest.tell("learning", step / steps)
+                idle = 0 if error < least else idle + 1
+                if error < least:
+                    good, least = copy.deepcopy(tuned.state_dict()), error
+                if idle >= PATIENCE:
+                    return
+            return
+        except NonFiniteError as failure:
+            tuned.load_state_dict(good)
+            further = (
+                "learning ended" if lower == LOWER_RATES[-1] else "the learning rate was lowered"
+            )
+            contest.note(f"{failure}; back to the last good plan, {further}")
+
+
+def _batches(
+    train: Lesson, batch_size: int, seed: int
+) -> Iterator[tuple[DenoiserLike, Tensor, Tensor]]:
+    """Pictures of the lesson in random order, without end."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(len(train), generator=generator)
+        for rows in order.split(min(batch_size, len(order))):
+            yield train.part(rows)
+
+
+def _not_learnable(train: Lesson) -> str:
+    """Why gradients cannot be had of the denoiser of a lesson; nothing if they can."""
+    denoiser, noise, _ = train.part(torch.arange(1))
+    if denoiser.for_run() is not denoiser:
+        return f"{denoiser.name} remembers earlier calls"
+    inner = denoiser
+    while isinstance(inner, Wrapper):
+        inner = inner.inner
+    # A denoiser adds the point to its network's output, so it has a gradient even if the network has none.
+    answer = inner.output if isinstance(inner, Denoiser) else inner
+    process = denoiser.process
+    level = process.level(process.table_time(process.training_steps / 2))
+    try:
+        with torch.enable_grad():
+            x = noise.clone().requires_grad_()
+            torch.autograd.grad(answer(x, level).sum(), x)
+    except RuntimeError as failure:
+        return f"{inner.name} gives no gradients ({str(failure).splitlines()[0]})"
+    return ""
+
+
+def _usual(model: BaseDenoiser, steps: int) -> dict[str, Plan]:
+    """The usual plans of so many calls, by name."""
+    grids = {name: make_grid(name, model.process, steps) for name in SCHEDULERS}
+    return {f"{base}/{name}": _plan(base, grid) for name, grid in grids.items() for base in BASES}
+
+
+def _checked(start: Plan, model: BaseDenoiser, steps: int) -> Plan:
+    """The plan to go on from, without what an earlier tuning wrote into it."""
+    table_of(start)
+    if start.calls != steps or start.process != model.process or not start.levels[-1].is_clean:
+        raise InvalidInputError(
+            f"start={start.name} has {start.calls} calls on {start.process} and must have {steps} on {model.process} "
+            "and end at clean data"
+        )
+    options = {name: value for name, value in start.options.items() if name != OPTION}
+    return replace(start, options=options)
+
+
+def _base_of(made: Plan) -> Base:
+    """The sampler whose mixing weights a plan has, or was learned from."""
+    if made.sampler == TUNED:
+        return Base(made.options["base"], dict(made.options["base_options"]), made.process)
+    return Base(made.sampler, dict(made.options), made.process)
+
+
+def _plan(sampler: str, grid: Grid) -> Plan:
+    made = plan(sampler, grid)
+    assert isinstance(made, Plan)
+    return made

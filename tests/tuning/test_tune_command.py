@@ -1,0 +1,165 @@
+"""`fewstep tune` as a user meets it, and `fewstep sample --plan`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fewstep as fs
+from fewstep.cli import main
+from fewstep.data import read_metadata
+from fewstep.models import Model, ModelConfig
+from fewstep.networks import UNetConfig
+from fewstep.plan import Plan
+from fewstep.tuning import Stage
+
+FEW = ["--steps", "2", "--iterations", "1", "--images", "3", "--held-out", "3"]
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """Run `fewstep words...` and return its exit status."""
+    monkeypatch.setattr(sys, "argv", ["fewstep", *words])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    return int(stop.value.code or 0)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    """A folder with a class-conditional model of 4x4 pictures, whose network does something."""
+    config = ModelConfig(
+        network=UNetConfig(
+            in_channels=1, channels=(8,), blocks=1, attention=(), num_classes=3, groups=4
+        ),
+        process=fs.process.vp_linear().to_dict(),
+        shape=(1, 4, 4),
+        class_names=("ant", "bee", "cat"),
+        name="tiny",
+    )
+    network = config.build_network()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for weight in network.parameters():
+            weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
+    folder = tmp_path / "tiny"
+    Model(network, config).save(folder)
+    return folder
+
+
+def test_the_plan_lies_beside_the_model_and_can_be_used(tiny, tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, "tune", str(tiny), *FEW) == 0
+    told = capsys.readouterr().out
+    file = tiny / "plans" / "tuned-2.json"
+    assert [path.name for path in file.parent.iterdir()] == ["tuned-2.json"]
+    plan = Plan.from_json(file)
+    assert plan.calls == 2 and plan.options["tuned_for"]["model"] == "tiny"
+    start = plan.options["tuned_for"]["start"]
+    assert f"2 calls: {start}" in told and f"--plan {file}" in told and "usual plans:" in told
+    out = tmp_path / "x.png"
+    words = ["sample", str(tiny), "--plan", str(file), "--out", str(out)]
+    assert run(monkeypatch, *words) == 0
+    assert not capsys.readouterr().err.strip()
+    settings = read_metadata(out)
+    assert (settings["sampler"], settings["network_calls"]) == (plan.sampler, 2)
+    assert settings["sampler_options"]["tuned_for"]["model"] == "tiny"
+    assert run(monkeypatch, *words, "--steps", "7") == 2
+    assert "--plan holds sampler and levels" in capsys.readouterr().err
+
+
+def test_a_plan_for_something_else_is_used_with_a_warning(tiny, tmp_path, monkeypatch, capsys):
+    model = fs.load(str(tiny))
+    plan = fs.tune(model, 2, images=2, held_out=2, method="search").plan
+    facts = {**plan.options["tuned_for"], "model": "giant"}
+    file = tmp_path / "plan.json"
+    fs.plan("ddim", fs.Grid(plan.process, plan.levels)).to_json(file)
+    words = ["sample", str(tiny), "--plan", str(file), "--out", str(tmp_path / "x.png")]
+    assert run(monkeypatch, *words) == 0
+    assert not capsys.readouterr().err.strip()  # a plan that was not tuned fits everywhere
+    Plan.from_dict({**plan.to_dict(), "options": {"tuned_for": facts}}).to_json(file)
+    assert run(monkeypatch, *words, "--label", "1", "--guidance", "3") == 0
+    assert capsys.readouterr().err.strip().splitlines() == [
+        "Warning: the plan was tuned for the model 'giant', not 'tiny'",
+        "Warning: the plan was tuned for guidance 1.0, not 3.0",
+    ]
+
+
+def test_searched_levels_are_printed_for_other_programs(tiny, tmp_path, monkeypatch, capsys):
+    found: list[fs.Tuning] = []
+    real = fs.tune
+
+    def search(*arguments: Any, **options: Any) -> fs.Tuning:
+        found.append(real(*arguments, **options))
+        return found[-1]
+
+    monkeypatch.setattr("fewstep.tuning.tune", search)
+    out = tmp_path / "plan.json"
+    words = ["--method", "search", "--guidance", "2", "--out", str(out)]
+    assert run(monkeypatch, "tune", str(tiny), *FEW, *words) == 0
+    told = capsys.readouterr().out
+    assert "--label 0 --guidance 2" in told
+    assert ("as sigmas" in told) is (found[0].method == "search")
+    assert ("gained nothing" in told) is (found[0].method == "none")
+    assert Plan.from_json(out) == found[0].plan
+
+
+def test_ctrl_c_writes_the_best_so_far_and_a_second_run_goes_on(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    real = fs.tune
+
+    def stopped_at(name: str):
+        def interrupted(*arguments, on_stage, **options):
+            def listen(stage: Stage) -> None:
+                on_stage(stage)
+                if stage.name == name:
+                    raise KeyboardInterrupt
+
+            return real(*arguments, on_stage=listen, **options)
+
+        return interrupted
+
+    file = tmp_path / "new" / "plan.json"
+    words = ["tune", str(tiny), *FEW, "--out", str(file)]
+    monkeypatch.setattr("fewstep.tuning.tune", stopped_at("converged results"))
+    assert run(monkeypatch, *words) == 130
+    assert "nothing is written" in capsys.readouterr().err and not file.exists()
+    monkeypatch.setattr("fewstep.tuning.tune", stopped_at("search"))
+    assert run(monkeypatch, *words) == 130
+    assert "the best plan so far is written" in capsys.readouterr().out
+    before = Plan.from_json(file).options["tuned_for"]["error"]
+    monkeypatch.setattr("fewstep.tuning.tune", real)
+    assert run(monkeypatch, *words) == 0
+    assert f"Going on from {file}" in capsys.readouterr().out
+    assert Plan.from_json(file).options["tuned_for"]["error"] <= before
+    assert run(monkeypatch, *words, "--guidance", "2") == 2
+    assert "tuned for guidance 1.0, not 2.0; give another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["digits"], "give --out tuned-5.json"),
+        (["digits", "--steps", "1", "--out", "x.json"], "steps=1 must be a whole number"),
+        (["digitz"], "did you mean 'digits'"),
+        (["digits", "--out", "there.json"], "not JSON"),
+    ],
+)
+def test_bad_input_is_one_line_with_the_remedy(tmp_path, monkeypatch, capsys, words, message):
+    monkeypatch.chdir(tmp_path)
+    Path("there.json").write_text("mine", encoding="utf-8")
+    assert run(monkeypatch, "tune", *words) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.strip().count("\n") == 0
+    assert Path("there.json").read_text(encoding="utf-8") == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["there.json"]
+
+
+def test_a_place_that_cannot_be_written_is_told(tiny, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    out = tmp_path / "file" / "plan.json"
+    assert run(monkeypatch, "tune", str(tiny), *FEW, "--out", str(out)) == 1
+    assert "cannot write" in capsys.readouterr().err
