@@ -295,7 +295,8 @@ def page(results: Results, command: str) -> str:
     }
     lines = [
         *header("Error against network calls on `digits`", command, ("torch",)),
-        f"{results.images} images, seeds from 0, labels 0 to 9 in turn. Steps are as many as the calls pay for.",
+        f"{results.images} images, seeds from 0, labels 0 to 9 in turn. Steps are as many as the calls pay for. "
+        "Empty places were not measured, or the calls do not pay for a single step.",
     ]
     for measure in results.measures:
         title, text = told[measure]
