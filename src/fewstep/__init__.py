@@ -9,7 +9,6 @@ dpmpp_2m/karras-10: 10 network calls, 0 noise draws
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from fewstep import denoisers, errors, process, samplers, schedulers
@@ -30,12 +29,11 @@ from fewstep.samplers import plan
 from fewstep.schedulers import Grid
 
 if TYPE_CHECKING:
+    __version__: str
     from fewstep import data, metrics, networks, testing, training
     from fewstep.models import Model, load
     from fewstep.sampling import Samples, sample
     from fewstep.tuning import Tuning, tune
-
-__version__ = version("fewstep")
 
 _LATER = {
     "Model": "models",
@@ -90,6 +88,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":  # the package's metadata take a while to read
+        from importlib.metadata import version
+
+        return version("fewstep")
     if name not in _LATER:
         raise AttributeError(f"module 'fewstep' has no attribute {name!r}")
     if not _LATER[name]:
