@@ -148,18 +148,17 @@ class Bench:
             if plan is None:
                 return {"error": "does not fit"}
             pictures, calls = self.run(plan, CFG_PP_GUIDANCE if setting.is_guided else None)
-            features = digit_features(pictures, classifier=self.classifier)
-            distance = frechet_distance(features, digit_statistics())
         except FewstepError as error:
             return {"error": str(error)}
-        rmse = (pictures - self.converged).square().mean().sqrt().item()
-        return {
-            "calls": calls,
-            "steps": len(plan.levels) - 1,
-            "distance": distance,
-            **({"rmse": rmse} if setting.has_solution else {}),
-            **({"path": self._off_its_limit(setting, pictures)} if setting.follows_a_path else {}),
-        }
+        row = {"calls": calls, "steps": len(plan.levels) - 1}
+        if self.images >= ENOUGH_IMAGES:
+            features = digit_features(pictures, classifier=self.classifier)
+            row["distance"] = frechet_distance(features, digit_statistics())
+        if setting.has_solution:
+            row["rmse"] = (pictures - self.converged).square().mean().sqrt().item()
+        if setting.follows_a_path:
+            row["path"] = self._off_its_limit(setting, pictures)
+        return row
 
     def _off_its_limit(self, setting: Setting, pictures: Tensor) -> float:
         name = setting.entry.name

@@ -16,7 +16,7 @@ from typing import Annotated
 from fewstep.plan import Tape, Vector
 from fewstep.process import Level, log_snr_step
 from fewstep.registry import Option
-from fewstep.samplers.options import AncestralEta, NoiseFactor, Variable
+from fewstep.samplers.options import AncestralEta, NewestWeight, NoiseFactor, Variable
 from fewstep.samplers.registry import sampler
 from fewstep.samplers.steps import (
     Output,
@@ -188,9 +188,7 @@ def res_multistep_cfg_pp(
 def gradient_estimation_cfg_pp(
     tape: Tape,
     grid: Grid,
-    gamma: Annotated[
-        float, Option("weight of the newest noise; 1 is Euler, 1.5 is iPNDM of order 2", 0, 10)
-    ] = 2.0,
+    gamma: NewestWeight = 2.0,
 ) -> Vector:
     """Euler CFG++ along `gamma noise + (1 - gamma) earlier noise` of the weak estimate; over-corrects on purpose."""
     x, earlier = tape.start, None

@@ -13,7 +13,7 @@ from fewstep.plan import Tape, Vector
 from fewstep.process import Level, Process
 from fewstep.registry import Option
 from fewstep.samplers.multistep import multistep
-from fewstep.samplers.options import Corrected, LowerOrderFinal
+from fewstep.samplers.options import Corrected, LowerOrderFinal, NewestWeight
 from fewstep.samplers.registry import sampler
 from fewstep.samplers.steps import (
     Output,
@@ -139,9 +139,7 @@ def _published_rule(x: Vector, noises: Sequence[Output[Vector]], s: Level) -> Ve
 def gradient_estimation(
     tape: Tape,
     grid: Grid,
-    gamma: Annotated[
-        float, Option("weight of the newest noise; 1 is Euler, 1.5 is iPNDM of order 2", 0, 10)
-    ] = 2.0,
+    gamma: NewestWeight = 2.0,
 ) -> Vector:
     """Euler along `gamma noise + (1 - gamma) earlier noise`: it over-corrects on purpose, so it is of first order."""
 

@@ -12,7 +12,7 @@ from typing import Annotated
 from fewstep.plan import Tape, Vector
 from fewstep.process import Level, log_snr_step
 from fewstep.registry import Option
-from fewstep.samplers.options import AncestralEta, Corrected, NoiseFactor, SdeEta
+from fewstep.samplers.options import AncestralEta, Corrected, NoiseFactor, SdeEta, Stage
 from fewstep.samplers.registry import sampler
 from fewstep.samplers.steps import (
     Output,
@@ -137,7 +137,7 @@ def dpmpp_dual_sde_momentumized(
     grid: Grid,
     eta: AncestralEta = 1.0,
     s_noise: NoiseFactor = 1.0,
-    r: Annotated[float, Option("place of the stage in the step, in log_snr", 0.1, 1)] = 0.5,
+    r: Stage = 0.5,
     momentum: MomentumShare = 0.0,
     corrected: Annotated[
         bool, Option("DPM++ SDE: no correction on top, r as given, one path of noise")
@@ -277,7 +277,7 @@ def res_momentumized(
     ita: Annotated[
         float, Option("share by which noise raises sigma/alpha before each step", 0, 10)
     ] = 0.25,
-    c2: Annotated[float, Option("place of the stage in the step, in log_snr", 0.1, 1)] = 0.5,
+    c2: Stage = 0.5,
     momentum: MomentumShare = 0.0,
 ) -> Vector:
     """The refined exponential solver: a two-stage exponential Runge-Kutta method, after noise at each step.

@@ -19,14 +19,16 @@ from fewstep.samplers.options import (
 from fewstep.samplers.registry import sampler
 from fewstep.samplers.steps import (
     Output,
+    as_far_back,
     declare_noise_factor,
     dpm_moments,
     exponential_rule,
     exponential_step,
     is_open,
     kept_level,
+    look_back,
     noise_estimate,
-    raised,
+    renewed,
 )
 from fewstep.schedulers import Grid
 
@@ -187,12 +189,10 @@ def res_multistep(
         down = kept_level(process, t, s, eta)
         if is_open(t, down):
             x = exponential_rule(x, [newest, *earlier], down)
-            place = process.levels_at([s.ratio * t.ratio / down.ratio])[0]
-            earlier = [Output(place, newest.value)]
+            earlier = [Output(as_far_back(process, t, down, s), newest.value)]
         else:
             x, earlier = exponential_step(x, newest.value, t, down), []
-        if down.ratio < s.ratio:
-            x = raised(x, down, s, s_noise * tape.noise(t, s))
+        x = renewed(tape, x, down, t, s, s_noise)
     return x
 
 
@@ -235,20 +235,20 @@ def unipc(
         outputs.append(newest)
         remaining = len(grid.steps) - i
         p = min(order, remaining) if lower_order_final and grid.levels[-1].is_clean else order
-        history = [] if s.is_clean else [o for o in outputs[-p:-1] if not o.level.is_pure_noise]
-        last_step = None if t.is_pure_noise else (x, [newest, *history])
-        x = _unified_step(x, [newest, *history], None, s, variant)
+        used = look_back(outputs, s, p)
+        last_step = None if t.is_pure_noise else (x, used)
+        x = _unified_step(x, used, None, s, variant)
     return x
 
 
 def _unified_step(
-    x: Vector, history: list[Output], corrector: Output | None, s: Level, variant: str
+    x: Vector, used: list[Output], corrector: Output | None, s: Level, variant: str
 ) -> Vector:
     """UniP, or with an output at s UniC: exact for D polynomial in log_snr.
 
     A single weight is not solved for but taken as `B(h) / 2`, as published.
     """
-    outputs = history if corrector is None else [*history, corrector]
+    outputs = used if corrector is None else [*used, corrector]
     if len(outputs) != 2:
         return exponential_rule(x, outputs, s)
     h = log_snr_step(outputs[0].level, s)

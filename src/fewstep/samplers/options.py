@@ -6,6 +6,7 @@ import math
 from typing import Annotated, Literal
 
 from fewstep.registry import Option
+from fewstep.samplers.steps import Form
 
 AncestralEta = Annotated[
     float,
@@ -32,8 +33,12 @@ LowerOrderFinal = Annotated[
     bool, Option("below 15 steps: end with a step of order 2 and one of order 1")
 ]
 Variable = Annotated[
-    Literal["ratio", "flow_time"],
+    Form,
     Option("what a step is measured in: sigma/alpha, or the flow time sigma/(alpha+sigma)"),
+]
+Stage = Annotated[float, Option("place of the stage in the step, in log_snr", 0.1, 1)]
+NewestWeight = Annotated[
+    float, Option("weight of the newest noise; 1 is Euler, 1.5 is iPNDM of order 2", 0, 10)
 ]
 Churn = Annotated[
     float, Option("noise that is added and removed again over all steps together", 0, math.inf)

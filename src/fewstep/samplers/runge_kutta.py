@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated
 
 from fewstep.plan import Tape, Vector
 from fewstep.process import Level, Process
@@ -24,6 +24,7 @@ from fewstep.samplers.options import (
 )
 from fewstep.samplers.registry import sampler
 from fewstep.samplers.steps import (
+    Form,
     declare_noise_factor,
     exponential_step,
     flow_level,
@@ -41,7 +42,6 @@ from fewstep.samplers.steps import (
 from fewstep.schedulers import Grid
 from fewstep.schedulers.ratios import karras_curve
 
-Form = Literal["ratio", "flow_time"]
 FORMS = {
     "ratio": (noise_estimate, noise_step),
     "flow_time": (velocity_estimate, velocity_step),

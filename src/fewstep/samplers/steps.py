@@ -22,6 +22,8 @@ from fewstep.plan import Tape, Vector
 from fewstep.process import Level, Process, log_snr_step
 
 V = TypeVar("V", Vector, Tensor)
+Form = Literal["ratio", "flow_time"]
+"""The variable that a step is measured in."""
 
 
 class Output(NamedTuple, Generic[V]):
@@ -141,7 +143,7 @@ def kept_level(
     t: Level,
     s: Level,
     eta: float,
-    variable: Literal["ratio", "flow_time"] = "ratio",
+    variable: Form = "ratio",
 ) -> Level:
     """The level that holds the kept part of s's noise: an ancestral step solves the ODE down to it, then is `raised`.
 

@@ -11,7 +11,14 @@ import numpy as np
 from fewstep.plan import Tape, Vector
 from fewstep.process import Level, log_snr_step
 from fewstep.registry import Option
-from fewstep.samplers.options import AncestralEta, Corrected, NoiseFactor, SdeEta, SolverType
+from fewstep.samplers.options import (
+    AncestralEta,
+    Corrected,
+    NoiseFactor,
+    SdeEta,
+    SolverType,
+    Stage,
+)
 from fewstep.samplers.registry import sampler
 from fewstep.samplers.steps import (
     Output,
@@ -34,9 +41,6 @@ from fewstep.samplers.steps import (
     weighted,
 )
 from fewstep.schedulers import Grid
-
-Stage = Annotated[float, Option("place of the stage in the step, in log_snr", 0.1, 1)]
-
 
 # ---- multistep -------------------------------------------------------------------------------
 
