@@ -30,10 +30,14 @@ def test_a_table_is_the_plan_it_comes_from(name, family):
     made = traced(name, PROCESSES[family])
     table = table_of(made)
     assert table.calls == made.calls
-    assert np.allclose(table.mix.sum(1), 1, atol=1e-8)
-    assert np.all(np.triu(table.mix, 1) == 0)
+    levels = table.grid.levels
+    assert np.allclose(table.starts, [level.sigma for level in levels], rtol=1e-8, atol=1e-12)
+    kept = table.starts[1:] * levels[0].alpha / levels[0].sigma
+    signal = [level.alpha for level in levels[1:]]
+    assert np.allclose(kept + table.weights.sum(1), signal, rtol=1e-8, atol=1e-8)
+    assert np.all(np.triu(table.weights, 1) == 0)
     x, denoiser = made.levels[0].sigma * NORMAL, mixture(made.process)
-    again = table.plan("again", base=name)
+    again = table.plan("again", found="here")
     assert (again.run(denoiser, x) - made.run(denoiser, x)).abs().max() < 1e-10
     assert Plan.from_json(again.to_json()) == again
 

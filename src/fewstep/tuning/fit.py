@@ -1,209 +1,264 @@
-"""Fitting a table to a model by gradient descent: where to call the network, and how to mix its answers."""
+"""Fitting a table to a model by least squares: where to call the network, and how to mix its answers.
+
+A plan of n calls is a few dozen numbers, and what they are fitted to is the difference of whole pictures. So the
+Gauss-Newton method is at home here: it needs a dozen iterations where gradient descent needs hundreds. The derivatives
+are differences of runs, of which only the calls that a number reaches are made again, so no gradients of the network
+are needed.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from fewstep.errors import NonFiniteError
 from fewstep.plan import DenoiserLike
-from fewstep.process import Level, Process
-from fewstep.samplers import plan
+from fewstep.process import Process
 from fewstep.schedulers import Grid
-from fewstep.tuning.table import Table, table_of
+from fewstep.tuning.losses import Loss, pixels
+from fewstep.tuning.table import Table
 
-NEARBY = 0.02
-"""Distance in log_snr at which estimates are compared to learn how they depend on the level.
+LEVEL_MOVE, MIX_MOVE = 0.03, 0.01
+"""How far log_snr and the other numbers are moved for a derivative.
 
-Far enough to see the trend: the derivative of a trained network by the level is much rougher than that.
+Far enough to see the trend: the estimate of a trained network changes with the level much rougher than that.
 """
 
-TRACED_NEARBY = 1e-4
-"""The same for the mixing weights, which are smooth."""
-
-LEVELS_RATE, MIX_RATE = 0.03, 0.01
-"""Learning rates of the logarithms of the increments and of the mixing weights."""
-
-LEAST_STEP = 1e-3
+LEAST_STEP = 0.05
 """Shortest step in log_snr that levels may come to."""
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+LONGEST_MOVE = 0.6
+"""How far a level may move in log_snr in one iteration."""
 
+DAMPING, EASE, RETREAT = 1e-2, 4.0, 4.0
+"""Damping at first; it falls by `EASE` after a try that came nearer, and grows by `RETREAT` after one that did not."""
 
-class Levels(torch.nn.Module):
-    """The log_snr of n calls: the first is fixed, the others divide the range below it by a softmax of increments.
+LEAST_DAMPING = 1e-9
+"""Damping of numbers that hardly matter, against the one that matters most."""
 
-    The last increment leads from the last call to the end of the range, so that the last call is free as well.
-    """
+TRIES = 5
+"""Tries without success before derivatives are worked out anew."""
 
-    def __init__(self, process: Process, log_snrs: list[float]) -> None:
-        super().__init__()
-        self.process = process
-        self.first = log_snrs[0]
-        self.low = max(self.first, process.log_snr(process.table_time(process.training_steps - 2)))
-        self.high = max(process.least_noisy.log_snr, log_snrs[-1] + 1e-3)
-        steps = np.diff([self.low, *log_snrs[1:], self.high])
-        self.free = self.high - self.low - len(steps) * LEAST_STEP
-        share = np.maximum(steps - LEAST_STEP, LEAST_STEP) / self.free
-        self.increments = torch.nn.Parameter(torch.tensor(np.log(share), dtype=torch.float64))
+SLOW = 0.99
+"""What an iteration must lower the loss to, as a share, for the next one to use the same derivatives."""
 
-    def forward(self) -> Tensor:
-        """The log_snr of the calls, float64, shape (n,)."""
-        steps = LEAST_STEP + self.free * self.increments.softmax(0)
-        inner = self.low + steps.cumsum(0)[:-1]
-        return torch.cat([inner.new_tensor([self.first]), inner])
+EXACT = 1e-6
+"""Share of the first loss that is nothing."""
 
-    def grid(self) -> Grid:
-        """The levels as they are now, and clean data."""
-        return grid_at(self.process, self().tolist())
-
-
-def grid_at(process: Process, log_snrs: list[float]) -> Grid:
-    """The grid of these levels and clean data."""
-    ratios = [*(math.exp(-value) for value in log_snrs), 0.0]
-    return Grid(process, tuple(process.levels_at(ratios)), "learned")
-
-
-def slack(log_snrs: Tensor) -> Tensor:
-    """Zeros that follow the levels when differentiated: all but the first, which is fixed and may be infinite."""
-    later = log_snrs[1:]
-    return torch.cat([later.new_zeros(1), later - later.detach()])
+Batch = tuple[DenoiserLike, Tensor, Tensor]
+"""A denoiser, standard normal noise of shape (B, ...), and the converged results that belong to it."""
 
 
 @dataclass(frozen=True)
-class Base:
-    """The sampler whose mixing weights tuning starts from and follows as the levels move."""
+class Numbers:
+    """The numbers of a table of n calls as one vector.
 
-    sampler: str
-    options: dict[str, Any]
-    process: Process
-
-    def mix(self, log_snrs: list[float]) -> np.ndarray:
-        """Its mixing weights at these levels."""
-        traced = plan(self.sampler, grid_at(self.process, log_snrs), **self.options)
-        return table_of(traced).mix  # type: ignore[arg-type]
-
-    def mix_and_slopes(self, log_snrs: list[float]) -> tuple[Tensor, Tensor]:
-        """The mixing weights, shape (n, n), and their derivatives by each log_snr, shape (n, n, n)."""
-        here = self.mix(log_snrs)
-        slopes = [np.zeros_like(here)]  # the first level is fixed
-        for k in range(1, len(log_snrs)):
-            moved = list(log_snrs)
-            moved[k] += TRACED_NEARBY
-            slopes.append((self.mix(moved) - here) / TRACED_NEARBY)
-        return torch.from_numpy(here), torch.from_numpy(np.stack(slopes, axis=-1))
-
-
-class TunedTable(torch.nn.Module):
-    """A table whose levels and mixing weights can be fitted.
-
-    Args:
-        base: The sampler whose mixing weights are changed.
-        start: The table to start from.
+    These are, in order: log_snr of the calls; how far the starts are off their levels, `log(starts_k / sigma_k)`, and
+    the start's share of the result; the weights of each row, as shares of its level's alpha.
     """
 
-    def __init__(self, base: Base, start: Table) -> None:
-        super().__init__()
-        log_snrs = [level.log_snr for level in start.grid.levels[:-1]]
-        self.base, self.levels = base, Levels(base.process, log_snrs)
-        change = np.tril(start.mix - base.mix(log_snrs))
-        self.change = torch.nn.Parameter(torch.from_numpy(change))
+    process: Process
+    calls: int
 
-    def mix(self, log_snrs: Tensor) -> Tensor:
-        """The mixing weights at these levels: the base's, plus a change whose rows sum to zero."""
-        here, slopes = self.base.mix_and_slopes(log_snrs.tolist())
-        free = torch.ones_like(self.change).tril()
-        change = self.change * free
-        change = change - free * (change.sum(1, keepdim=True) / free.sum(1, keepdim=True))
-        return here + (slopes * slack(log_snrs)).sum(-1) + change
+    @property
+    def moves(self) -> np.ndarray:
+        """How far each number is moved for a derivative."""
+        n = self.calls
+        return np.repeat([LEVEL_MOVE, MIX_MOVE], [n, n + 1 + n * (n + 1) // 2])
 
-    @torch.no_grad()
-    def table(self) -> Table:
-        """The table as it is now."""
-        return Table(self.levels.grid(), self.mix(self.levels()).numpy())
+    @property
+    def reach(self) -> list[int]:
+        """For each number the first call that it changes; the number of calls if it changes the result alone."""
+        n = self.calls
+        rows = [k + 1 for k in range(n) for _ in range(k + 1)]
+        return [*range(n), *range(n + 1), *rows]
 
-    def forward(self, denoiser: DenoiserLike, noise: Tensor) -> Tensor:
-        """Run the table on standard normal noise, shape (B, ...); differentiable by everything that is fitted."""
-        log_snrs = self.levels()
-        mix, moved = self.mix(log_snrs), slack(log_snrs)
-        first, *later = self.levels.grid().levels
-        path = self.base.process.path
-        ratios = (-log_snrs[1:]).exp()
-        clean = torch.ones(1, dtype=torch.float64)
-        kept = torch.cat([path.sigma_of(ratios) / first.sigma, 0 * clean])
-        share = torch.cat([path.alpha_of(ratios), clean]) - kept * first.alpha
-        start = first.sigma * noise
-        x, estimates = start, []
-        for k, level in enumerate((first, *later[:-1])):
-            estimates.append(_estimate(denoiser, x, level, moved[k], self.base.process))
-            x = kept[k].to(noise) * start
-            for weight, estimate in zip(mix[k], estimates, strict=False):
-                x = x + (share[k] * weight).to(noise) * estimate
-        return x
+    def of(self, table: Table) -> np.ndarray:
+        """The vector of a table."""
+        n = self.calls
+        low, high = self.bounds
+        log_snrs = np.clip([level.log_snr for level in table.grid.levels[:n]], low, high)
+        alphas, sigmas = self._shares(log_snrs)
+        return np.concatenate(
+            [
+                log_snrs,
+                np.log(table.starts[:n] / sigmas[:n]),
+                table.starts[n:],
+                (table.weights / alphas[1:, None])[np.tril_indices(n)],
+            ]
+        )
+
+    def table(self, vector: np.ndarray) -> Table:
+        """The table of a vector."""
+        n = self.calls
+        log_snrs, off, last, shares = np.split(vector, [n, 2 * n, 2 * n + 1])
+        alphas, sigmas = self._shares(log_snrs)
+        weights = np.zeros((n, n))
+        weights[np.tril_indices(n)] = shares
+        ratios = [*np.exp(-log_snrs), 0.0]
+        grid = Grid(self.process, tuple(self.process.levels_at(ratios)), "learned")
+        return Table(
+            grid, np.concatenate([sigmas[:n] * np.exp(off), last]), alphas[1:, None] * weights
+        )
+
+    def held(self, vector: np.ndarray) -> np.ndarray:
+        """The vector with its levels in range and falling."""
+        held, (low, high) = vector.copy(), self.bounds
+        for k in range(self.calls):
+            held[k] = max(held[k], low if k == 0 else held[k - 1] + LEAST_STEP)
+        for k in reversed(range(self.calls)):
+            held[k] = min(held[k], high if k == self.calls - 1 else held[k + 1] - LEAST_STEP)
+        return held
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """Least and largest log_snr that the network is trained on, pure noise left out."""
+        process = self.process
+        low = process.noisiest.log_snr
+        if math.isinf(low):
+            low = process.log_snr(process.table_time(process.training_steps - 2))
+        return low, process.least_noisy.log_snr
+
+    def _shares(self, log_snrs: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Alpha and sigma of the calls, and of clean data."""
+        ratios = torch.tensor([*np.exp(-np.asarray(log_snrs)), 0.0], dtype=torch.float64)
+        path = self.process.path
+        return path.alpha_of(ratios).numpy(), path.sigma_of(ratios).numpy()
 
 
-def _estimate(
-    denoiser: DenoiserLike, x: Tensor, level: Level, moved: Tensor, process: Process
-) -> Tensor:
-    """The estimate of x_0, differentiable by the point and, to first order, by the level."""
-    if not x.requires_grad:  # the first call, whose point and level are fixed
-        with torch.no_grad():
-            return denoiser(x, level)
-    value: Any = checkpoint(denoiser, x, level, use_reentrant=False)
-    with torch.no_grad():
-        beside = process.levels_at([level.ratio * math.exp(-NEARBY)])[0]
-        slope = (denoiser(x.detach(), beside) - value) / NEARBY
-    return value + moved.to(x) * slope
+@dataclass(frozen=True)
+class Problem:
+    """The pictures of a fit, and what is wrong with them as one vector.
 
+    Args:
+        numbers: How a table is a vector.
+        batches: The pictures, in batches that go through the network together.
+        loss: What is wrong with each picture.
+        on_share: Told the share of a run's, or of all derivatives', work that is done, 0..1.
+    """
 
-def mean_square(x: Tensor, target: Tensor) -> Tensor:
-    """`mean (x - target)^2`."""
-    return (x - target).square().mean()
+    numbers: Numbers
+    batches: Sequence[Batch]
+    loss: Loss
+    on_share: Callable[[float], None]
+
+    def residuals(self, vector: np.ndarray) -> Tensor:
+        """The loss of all pictures, shape (M,)."""
+        table = self.numbers.table(vector)
+        return torch.cat(
+            [self._loss(table, batch, table.estimates(*batch[:2])) for batch in self.batches]
+        )
+
+    def jacobian(self, vector: np.ndarray) -> Tensor:
+        """Its derivatives by the numbers, times how far these were moved for it, shape (numbers, M).
+
+        A number whose derivative is not finite gets zeros, which leave it as it is.
+        """
+        table, parts = self.numbers.table(vector), []
+        for b, batch in enumerate(self.batches):
+            denoiser, noise, _ = batch
+            estimates = table.estimates(denoiser, noise)
+            here = self._loss(table, batch, estimates)
+            rows = []
+            for k, (move, call) in enumerate(
+                zip(self.numbers.moves, self.numbers.reach, strict=True)
+            ):
+                moved = vector.copy()
+                moved[k] += move
+                other = self.numbers.table(moved)
+                changed = other.estimates(denoiser, noise, estimates[:call])
+                rows.append(self._loss(other, batch, changed) - here)
+                self.on_share((b + (k + 1) / len(vector)) / len(self.batches))
+            parts.append(torch.stack(rows))
+        jacobian = torch.cat(parts, 1)
+        jacobian[~jacobian.isfinite().all(1)] = 0.0
+        return jacobian
+
+    def _loss(self, table: Table, batch: Batch, estimates: Sequence[Tensor]) -> Tensor:
+        _, noise, target = batch
+        return self.loss(table.point(table.calls, noise, estimates), target).flatten()
 
 
 def fit(
-    tuned: TunedTable,
-    batches: Iterator[tuple[DenoiserLike, Tensor, Tensor]],
-    steps: int,
+    start: Table,
+    batches: Sequence[Batch],
     *,
-    loss: Loss = mean_square,
-    rate: float = 1.0,
-) -> Iterator[float]:
-    """Gradient descent by Adam with cosine decay; yields the loss of each step, after the step.
+    loss: Loss = pixels,
+    on_share: Callable[[float], None] = lambda share: None,
+) -> Iterator[Table]:
+    """Fit a table by the damped Gauss-Newton method; yields each iteration that came nearer.
+
+    Derivatives are worked out anew only where the ones at hand no longer help: until then each run, whether it came
+    nearer or not, corrects them by what it shows.
 
     Args:
-        tuned: What is fitted, in place.
-        batches: For each step a denoiser, the noise and the converged results that belong to it.
-        steps: How many.
-        loss: Of results and converged results.
-        rate: Factor on the learning rates.
+        start: The table to start from.
+        batches: The pictures, in batches that go through the network together.
+        loss: What is wrong with each picture.
+        on_share: Told the share of the derivatives' work that is done, 0..1.
+
+    Yields:
+        The table of each iteration. It ends where fresh derivatives bring it no nearer.
 
     Raises:
-        NonFiniteError: If the loss or its gradient is not finite; that step is not taken.
+        NonFiniteError: If the start's loss is not finite, or no longer that of any try.
+
+    Source: Levenberg 1944, Marquardt 1963; the corrections, Broyden 1965.
     """
-    parameters = [tuned.levels.increments, tuned.change]
-    rates = [LEVELS_RATE * rate, MIX_RATE * rate]
-    optimiser = torch.optim.Adam(
-        [{"params": [p], "lr": r} for p, r in zip(parameters, rates, strict=True)],
-        betas=(0.9, 0.99),
-    )
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    for step in range(1, steps + 1):
-        denoiser, noise, target = next(batches)
-        with torch.enable_grad():
-            value = loss(tuned(denoiser, noise), target)
-            optimiser.zero_grad()
-            value.backward()
-        slopes = [p.grad for p in parameters if p.grad is not None]
-        if not all(bool(v.isfinite().all()) for v in (value, *slopes)):
-            raise NonFiniteError(f"the loss or its gradient is not finite at step {step}")
-        optimiser.step()
-        decay.step()
-        yield float(value.detach())
+    numbers = Numbers(start.grid.process, start.calls)
+    problem = Problem(numbers, batches, loss, on_share)
+    vector = numbers.of(start)
+    here = problem.residuals(vector)
+    first, damping = _size(here), DAMPING
+    if not math.isfinite(first):
+        raise NonFiniteError(f"the loss of {start.grid} is not finite before any fit")
+    while True:
+        before = _size(here)
+        jacobian, failed = problem.jacobian(vector), 0
+        while failed < TRIES:
+            tried = numbers.held(vector + _move(numbers, jacobian, here, damping))
+            there = problem.residuals(tried)
+            _correct(jacobian, (tried - vector) / numbers.moves, there - here)
+            if _size(there) < _size(here):
+                slow = _size(there) > SLOW * _size(here)
+                vector, here, damping, failed = tried, there, damping / EASE, 0
+                yield numbers.table(vector)
+                if slow or _size(here) < EXACT * first:
+                    break
+            else:
+                damping, failed = damping * RETREAT, failed + 1
+        if failed and not math.isfinite(_size(there)):
+            raise NonFiniteError(
+                f"the loss is not finite however little the plan is changed from one with a loss of {_size(here):g}"
+            )
+        if _size(here) > SLOW * before or _size(here) < EXACT * first:
+            return
+
+
+def _move(numbers: Numbers, jacobian: Tensor, here: Tensor, damping: float) -> np.ndarray:
+    """The damped Gauss-Newton step, shortened so that no level moves too far."""
+    squares = (jacobian @ jacobian.T).cpu().double().numpy()
+    slope = (jacobian @ here).cpu().double().numpy()
+    scale = np.diag(squares)
+    damped = squares + np.diag(damping * scale + LEAST_DAMPING * scale.max())
+    move = np.linalg.solve(damped, -slope) * numbers.moves
+    return move / max(1.0, np.abs(move[: numbers.calls]).max() / LONGEST_MOVE)
+
+
+def _correct(jacobian: Tensor, move: np.ndarray, change: Tensor) -> None:
+    """Make derivatives agree with what a move has changed, and change them as little as that takes (Broyden)."""
+    if not move.any() or not bool(change.isfinite().all()):
+        return
+    step = torch.from_numpy(move).to(jacobian)
+    jacobian += torch.outer(step / step.dot(step), change - step @ jacobian)
+
+
+def _size(residuals: Tensor) -> float:
+    """Root mean square; infinite if anything is not finite."""
+    size = math.sqrt(float(residuals.square().mean()))
+    return size if math.isfinite(size) else math.inf

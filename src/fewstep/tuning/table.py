@@ -4,49 +4,70 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
+from torch import Tensor
 
 from fewstep.errors import InvalidInputError
-from fewstep.plan import Denoise, Plan, Tape, Vector, trace
+from fewstep.plan import Denoise, DenoiserLike, Plan, Tape, Vector, trace
 from fewstep.plan.rules import expand
 from fewstep.process import Level
 from fewstep.schedulers import Grid
 
+State = TypeVar("State", Tensor, Vector)
+
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Points of a deterministic method, `x_k = r_k x_T + (alpha_k - r_k alpha_T) sum_j mix_kj D_j`.
+    """Points of a deterministic method, `x_k = starts_k z + sum_j weights_kj D(x_j, level_j)` over j < k, z the noise.
 
-    `r_k = sigma_k / sigma_T` is the start's share, which the noise rule demands; by the signal rule each row of `mix`
-    sums to 1. So a method with n calls is n levels and a triangle of mixing weights, and nothing else.
+    Every Plan that draws no noise and asks for plain estimates can be written so; x_n is its result. A usual sampler
+    keeps the noise rule, `starts_k = sigma_k`, and the signal rule, which fixes the sum of each row of weights. A table
+    need not: a start that differs from its level's sigma asks the network at another level than the point lies at.
 
     Attributes:
-        grid: The n + 1 levels, the last one that of the result.
-        mix: Weights of the estimates D_j in the points k = 1..n, shape (n, n), zero above the diagonal.
+        grid: The n levels of the calls, and that of the result.
+        starts: Coefficients on the noise, shape (n + 1,).
+        weights: Coefficients of point k + 1 on the estimates 0..k, shape (n, n), zero above the diagonal.
     """
 
     grid: Grid
-    mix: np.ndarray
+    starts: np.ndarray
+    weights: np.ndarray
 
     @property
     def calls(self) -> int:
         """Network calls."""
-        return len(self.mix)
+        return len(self.weights)
+
+    def point(self, k: int, noise: State, estimates: Sequence[State]) -> State:
+        """The point x_k, of the noise and the k estimates before it; of tensors, or of a tape's vectors."""
+        x = noise * float(self.starts[k])
+        for weight, estimate in zip(self.weights[k - 1, :k], estimates, strict=False):
+            x = x + estimate * float(weight)
+        return x
+
+    def estimates(
+        self, denoiser: DenoiserLike, noise: Tensor, known: Sequence[Tensor] = ()
+    ) -> list[Tensor]:
+        """The estimates of all calls, of which the first ones may be known already."""
+        found = list(known)
+        for k in range(len(found), self.calls):
+            found.append(denoiser(self.point(k, noise, found), self.grid.levels[k]))
+        return found
 
     def plan(self, name: str, **options: object) -> Plan:
         """The table as a Plan."""
-        first, *later = self.grid.levels
+        sigma = self.grid.levels[0].sigma
 
         def follow(tape: Tape, grid: Grid, **_: object) -> Vector:
-            x, estimates = tape.start, []
-            for level, following, weights in zip(self.grid.levels, later, self.mix, strict=False):
-                estimates.append(tape.denoise(x, level))
-                kept = following.sigma / first.sigma
-                x = kept * tape.start
-                for weight, estimate in zip(weights, estimates, strict=False):
-                    x = x + (following.alpha - kept * first.alpha) * weight * estimate
-            return x
+            tape.declare_inexact("signal")
+            tape.declare_inexact("noise")
+            start, estimates = tape.start / sigma, []
+            for k, level in enumerate(self.grid.levels[:-1]):
+                estimates.append(tape.denoise(self.point(k, start, estimates), level))
+            return self.point(self.calls, start, estimates)
 
         return trace(follow, self.grid, name, **options)
 
@@ -55,11 +76,10 @@ def table_of(plan: Plan) -> Table:
     """Write a Plan out as a table.
 
     Raises:
-        InvalidInputError: If it draws noise, needs guidance or derivatives, breaks a rule, or goes back in level.
+        InvalidInputError: If it draws noise, needs guidance or derivatives, or goes back in level.
     """
     calls = [i for i in plan.instructions if isinstance(i, Denoise)]
-    other = plan.draws or plan.inexact or len(calls) != plan.calls
-    if other or any(call.weak is not None for call in calls):
+    if plan.draws or len(calls) != plan.calls or any(call.weak is not None for call in calls):
         raise InvalidInputError(
             f"{plan.name} cannot be tuned: only deterministic samplers that ask for plain estimates can; "
             "take unipc, dpmpp_2m or ddim"
@@ -69,10 +89,13 @@ def table_of(plan: Plan) -> Table:
         raise InvalidInputError(
             f"{plan.name} cannot be tuned: it goes back to levels that it has passed; take unipc or dpmpp_2m"
         )
-    first = levels[0]
-    rows = []
-    for row in list(expand(plan.instructions, plan.result, plan.levels[-1]))[1:]:
-        kept = row.level.sigma / first.sigma
-        rows.append(row.outputs / (row.level.alpha - kept * first.alpha))
-    grid = Grid(plan.process, tuple(levels), plan.scheduler, plan.scheduler_options)
-    return Table(grid, np.array(rows))
+    rows = list(expand(plan.instructions, plan.result, plan.levels[-1]))
+    if any(row.start <= 0 for row in rows[:-1]):
+        raise InvalidInputError(
+            f"{plan.name} cannot be tuned: it evaluates points without noise; take unipc, dpmpp_2m or ddim"
+        )
+    return Table(
+        Grid(plan.process, tuple(levels), plan.scheduler, plan.scheduler_options),
+        plan.levels[0].sigma * np.array([row.start for row in rows]),
+        np.array([row.outputs for row in rows[1:]]),
+    )

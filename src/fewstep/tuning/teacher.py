@@ -16,6 +16,7 @@ from fewstep.plan import Plan, Progress
 from fewstep.process import Level
 from fewstep.samplers import plan
 from fewstep.schedulers import Grid
+from fewstep.tuning.losses import Loss
 
 TEACHER = "unipc"
 TEACHER_OPTIONS = {"order": 3}
@@ -91,14 +92,15 @@ class Lesson:
         where = chosen.to(self.noise.device)
         return self.model.rows(chosen), self.noise[where], self.ends[where]
 
-    def error_of(self, made: Plan, batch_size: int) -> float:
-        """Root mean square distance of a plan's results to the converged ones."""
-        total = 0.0
+    def error_of(self, made: Plan, batch_size: int, loss: Loss) -> float:
+        """Root mean square of the loss of a plan's results."""
+        total, count = 0.0, 0
         for rows in torch.arange(len(self)).split(batch_size):
             denoiser, noise, ends = self.part(rows)
             result = made.run(denoiser, made.levels[0].sigma * noise)
-            total += float((result - ends).square().sum(dtype=torch.float64))
-        return math.sqrt(total / self.ends.numel())
+            wrong = loss(result, ends)
+            total, count = total + float(wrong.square().sum()), count + wrong.numel()
+        return math.sqrt(total / count)
 
 
 def lesson(

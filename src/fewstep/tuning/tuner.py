@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import copy
+import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
 
-from fewstep.denoisers import BaseDenoiser, Denoiser
-from fewstep.denoisers.base import Wrapper
+from fewstep.denoisers import BaseDenoiser
 from fewstep.errors import InvalidInputError, NonFiniteError, unknown_name
 from fewstep.noise import Noise
-from fewstep.plan import DenoiserLike, Plan
+from fewstep.plan import Plan
+from fewstep.process import Level
 from fewstep.samplers import plan
 from fewstep.schedulers import Grid, make_grid
-from fewstep.tuning.fit import Base, Loss, TunedTable, fit, mean_square
+from fewstep.tuning.fit import Batch, fit
+from fewstep.tuning.losses import Loss, pixels
 from fewstep.tuning.purpose import OPTION, Purpose
 from fewstep.tuning.search import searched_grids
-from fewstep.tuning.table import table_of
+from fewstep.tuning.table import Table, table_of
 from fewstep.tuning.teacher import Lesson, conditioned, lesson
 
 TUNED = "tuned"
@@ -39,18 +39,20 @@ FINE_STEPS = 48
 HELD_OUT_SEED = 1 << 40
 """How far the seeds of held-out noise are from those of the noise that is fitted on."""
 
-LOOK_EVERY, PATIENCE = 20, 6
-"""Steps of the fit between looks at held-out noise, and looks without gain before it ends."""
+STARTS, SCOUTING = 3, 12
+"""Plans that learning starts from, and the iterations each of them is given on half of the pictures."""
 
-LOWER_RATES = (1.0, 0.1)
-"""Factors on the learning rates: at first, and after the loss broke down."""
+PATIENCE = 6
+"""Iterations without gain on held-out noise before learning ends."""
 
 Method = Literal["learn", "search"]
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """A tuned plan and what it gains; root mean square distances to the converged results, on held-out noise.
+    """A tuned plan and what it gains; distances to the converged results, on held-out noise.
+
+    A distance is the root mean square of the loss: with the usual one, of the difference of the pixels.
 
     Attributes:
         plan: The plan: the tuned one, or the untuned start if tuning gained nothing. What it was tuned for stands in
@@ -61,7 +63,7 @@ class Tuning:
         method: How the plan was found: "learn", "search", "given" if it is the one to go on from, or "none" where no
             plan is better than the best untuned one.
         untuned: The distance of every untuned plan that was tried, by name.
-        notes: What did not go as asked, such as a network without gradients.
+        notes: What did not go as asked, such as a denoiser that cannot be learned for.
     """
 
     plan: Plan
@@ -107,20 +109,19 @@ def tune(
     guidance: float = 1.0,
     method: Method = "learn",
     start: Plan | None = None,
-    images: int = 64,
+    images: int = 96,
     held_out: int = 48,
-    iterations: int = 150,
+    iterations: int = 80,
     batch_size: int = 16,
-    loss: Loss = mean_square,
-    rate: float = 1.0,
+    loss: Loss = pixels,
     seed: int = 0,
     on_stage: Callable[[Stage], None] = lambda stage: None,
 ) -> Tuning:
     """Find a plan of a few network calls whose results are as near as possible to the converged ones of the same noise.
 
     First the best of the usual plans is looked up; then levels are chosen by dynamic programming on recorded paths;
-    then, with gradients, levels and mixing weights are fitted together. The best on held-out noise is returned, so the
-    result is never worse there than the usual plans.
+    then all numbers of the plan are fitted together by least squares. The best on held-out noise is returned, so the
+    result is never worse there than the usual plans. No gradients of the network are needed.
 
     Args:
         model: A loaded model, or any denoiser. A model with classes is tuned on all of them alike; conditions that a
@@ -128,14 +129,13 @@ def tune(
         steps: Network calls of the plan, 2 or more.
         shape: Shape of one picture, where the model does not know it.
         guidance: Classifier-free guidance that the plan is meant for; 1 is off.
-        method: "learn", or "search" for dynamic programming alone, which needs no gradients.
+        method: "learn", or "search" for dynamic programming alone, which changes nothing but levels.
         start: A plan of as many calls to go on from, such as an earlier result.
         images: Pictures that the plan is fitted on.
         held_out: Other pictures, on which plans are compared.
-        iterations: Steps of gradient descent at most.
-        batch_size: Pictures in each.
-        loss: Of results and converged results, both of shape (B, ...); by default the mean square.
-        rate: Factor on the learning rates, > 0.
+        iterations: Iterations of the fit at most.
+        batch_size: Pictures that go through the network together.
+        loss: What is wrong with a result, see `fewstep.tuning.losses`: `pixels`, `pseudo_huber` or `features`.
         seed: Of the noise that is fitted on; held-out noise has other seeds.
         on_stage: Told how far it has come, with the best plan so far. What it raises, as a KeyboardInterrupt does,
             ends the tuning.
@@ -147,7 +147,8 @@ def tune(
         InvalidInputError: If a number is out of range, the shape is missing, or the start does not fit.
         NonFiniteError: If the model gives a NaN or infinity without any tuning.
 
-    Source: of the search, Chen et al. 2024, arXiv 2405.11326; of the fit, Watson et al. 2022, arXiv 2202.05830.
+    Source: of the search, Chen et al. 2024, arXiv 2405.11326; of plans with all numbers free, Shaul et al. 2024,
+    arXiv 2403.01329.
 
     >>> import fewstep as fs
     >>> centres = torch.tensor([[-1.0, 0.5], [0.5, 1.0]])
@@ -168,10 +169,8 @@ def tune(
             raise InvalidInputError(f"{name}={value!r} must be a whole number of at least {least}")
     if method not in get_args(Method):
         raise unknown_name("method", method, get_args(Method))
-    if not (math.isfinite(guidance) and 0 < rate < math.inf):
-        raise InvalidInputError(
-            f"guidance={guidance} and rate={rate} must be finite, the rate above 0"
-        )
+    if not math.isfinite(guidance):
+        raise InvalidInputError(f"guidance={guidance} must be a finite number; 1 is off")
     size = model.shape if shape is None else tuple(shape)
     if size is None:
         raise InvalidInputError(
@@ -187,15 +186,20 @@ def tune(
 
     test = lessons("converged results, held out", seed + HELD_OUT_SEED, held_out)
     train = lessons("converged results", seed, images)
-    contest = _Contest(test, batch_size, _usual(model, steps), on_stage)
+    contest = _Contest(test, batch_size, loss, _usual(model, steps), on_stage)
     if given is not None:
         contest.enter(given, "given")
     _search(contest, train, steps)
     if method == "learn":
-        if why := _not_learnable(train):
-            contest.note(f"levels were searched, not learned: {why}")
+        batches = [train.part(rows) for rows in torch.arange(images).split(batch_size)]
+        if any(denoiser.for_run() is not denoiser for denoiser, _, _ in batches):
+            contest.note(
+                f"levels were searched, not learned: {batches[0][0].name} remembers earlier calls, "
+                "so its answer is not a function of the point and the level"
+            )
         else:
-            _learn(contest, _batches(train, batch_size, seed), iterations, loss, rate)
+            starts = contest.leaders(STARTS) if given is None else [contest.leader]
+            _learn(contest, batches, starts, iterations, loss)
     return contest.best
 
 
@@ -206,13 +210,15 @@ class _Contest:
         self,
         test: Lesson,
         batch_size: int,
+        loss: Loss,
         starts: dict[str, Plan],
         on_stage: Callable[[Stage], None],
     ) -> None:
-        self.test, self.batch_size, self.on_stage = test, batch_size, on_stage
+        self.test, self.batch_size, self.loss, self.on_stage = test, batch_size, loss, on_stage
+        self.entries: list[tuple[float, Plan]] = []
         untuned = {}
         for name, made in starts.items():
-            untuned[name] = test.error_of(made, batch_size)
+            untuned[name] = self._measure(made)
             on_stage(Stage("usual plans", len(untuned) / len(starts)))
         name = min(untuned, key=lambda name: untuned[name])
         self.leader = starts[name]
@@ -221,9 +227,21 @@ class _Contest:
 
     def enter(self, made: Plan, method: str) -> float:
         """Measure a plan, keep it if it is the best, and return its distance."""
-        error = self.test.error_of(made, self.batch_size)
+        error = self._measure(made)
         if error < self.best.error:
             self._crown(made, error, method)
+        return error
+
+    def leaders(self, count: int) -> list[Plan]:
+        """The nearest plans so far, best first, no two of them on one grid."""
+        found: dict[tuple[Level, ...], Plan] = {}
+        for _, made in sorted(self.entries, key=lambda entry: entry[0]):
+            found.setdefault(made.levels, made)
+        return list(found.values())[:count]
+
+    def _measure(self, made: Plan) -> float:
+        error = self.test.error_of(made, self.batch_size, self.loss)
+        self.entries.append((error, made))
         return error
 
     def note(self, text: str) -> None:
@@ -259,67 +277,42 @@ def _search(contest: _Contest, train: Lesson, steps: int) -> None:
 
 def _learn(
     contest: _Contest,
-    batches: Iterator[tuple[DenoiserLike, Tensor, Tensor]],
-    steps: int,
+    batches: Sequence[Batch],
+    starts: Sequence[Plan],
+    iterations: int,
     loss: Loss,
-    rate: float,
 ) -> None:
-    """Fit levels and mixing weights from the best plan so far; back to the best of the fit if the loss breaks down."""
-    base = _base_of(contest.leader)
-    tuned = TunedTable(base, table_of(contest.leader))
-    facts = {"base": base.sampler, "base_options": base.options}
-    good, least, idle = copy.deepcopy(tuned.state_dict()), math.inf, 0
-    for lower in LOWER_RATES:
-        try:
-            for step, _ in enumerate(fit(tuned, batches, steps, loss=loss, rate=rate * lower), 1):
-                if step % LOOK_EVERY and step != steps:
-                    continue
-                error = contest.enter(tuned.table().plan(TUNED, **facts), "learn")
-                contest.tell("learning", step / steps)
-                idle = 0 if error < least else idle + 1
-                if error < least:
-                    good, least = copy.deepcopy(tuned.state_dict()), error
-                if idle >= PATIENCE:
-                    return
-            return
-        except NonFiniteError as failure:
-            tuned.load_state_dict(good)
-            further = (
-                "learning ended" if lower == LOWER_RATES[-1] else "the learning rate was lowered"
-            )
-            contest.note(f"{failure}; back to the last good plan, {further}")
+    """Fit from several plans on half of the pictures, and go on from the one that comes nearest on all of them."""
+    tables, half = [table_of(start) for start in starts], batches[: (len(batches) + 1) // 2]
+    scouted = []
+    for k, table in enumerate(tables if len(tables) > 1 else ()):
+        stage = f"learning, start {k + 1} of {len(tables)}"
+        found = _best_fit(contest, table, half, min(SCOUTING, iterations), loss, stage)
+        scouted.append(found)
+    table = min(scouted, key=lambda found: found[0])[1] if scouted else tables[0]
+    _best_fit(contest, table, batches, iterations, loss, "learning")
 
 
-def _batches(
-    train: Lesson, batch_size: int, seed: int
-) -> Iterator[tuple[DenoiserLike, Tensor, Tensor]]:
-    """Pictures of the lesson in random order, without end."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(train), generator=generator)
-        for rows in order.split(min(batch_size, len(order))):
-            yield train.part(rows)
-
-
-def _not_learnable(train: Lesson) -> str:
-    """Why gradients cannot be had of the denoiser of a lesson; nothing if they can."""
-    denoiser, noise, _ = train.part(torch.arange(1))
-    if denoiser.for_run() is not denoiser:
-        return f"{denoiser.name} remembers earlier calls"
-    inner = denoiser
-    while isinstance(inner, Wrapper):
-        inner = inner.inner
-    # A denoiser adds the point to its network's output, so it has a gradient even if the network has none.
-    answer = inner.output if isinstance(inner, Denoiser) else inner
-    process = denoiser.process
-    level = process.level(process.table_time(process.training_steps / 2))
+def _best_fit(
+    contest: _Contest,
+    start: Table,
+    batches: Sequence[Batch],
+    iterations: int,
+    loss: Loss,
+    stage: str,
+) -> tuple[float, Table]:
+    """The table of a fit that is the nearest on held-out noise, and its distance."""
+    best, idle = (math.inf, start), 0
+    fitted = fit(start, batches, loss=loss, on_share=lambda done: contest.tell(stage, done))
     try:
-        with torch.enable_grad():
-            x = noise.clone().requires_grad_()
-            torch.autograd.grad(answer(x, level).sum(), x)
-    except RuntimeError as failure:
-        return f"{inner.name} gives no gradients ({str(failure).splitlines()[0]})"
-    return ""
+        for table in itertools.islice(fitted, iterations):
+            error = contest.enter(table.plan(TUNED), "learn")
+            best, idle = ((error, table), 0) if error < best[0] else (best, idle + 1)
+            if idle >= PATIENCE:
+                break
+    except NonFiniteError as failure:
+        contest.note(f"{stage} ended early, with the best plan before it: {failure}")
+    return best
 
 
 def _usual(model: BaseDenoiser, steps: int) -> dict[str, Plan]:
@@ -338,13 +331,6 @@ def _checked(start: Plan, model: BaseDenoiser, steps: int) -> Plan:
         )
     options = {name: value for name, value in start.options.items() if name != OPTION}
     return replace(start, options=options)
-
-
-def _base_of(made: Plan) -> Base:
-    """The sampler whose mixing weights a plan has, or was learned from."""
-    if made.sampler == TUNED:
-        return Base(made.options["base"], dict(made.options["base_options"]), made.process)
-    return Base(made.sampler, dict(made.options), made.process)
 
 
 def _plan(sampler: str, grid: Grid) -> Plan:
