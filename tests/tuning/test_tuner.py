@@ -14,9 +14,9 @@ import fewstep as fs
 from exact_problems import NORMAL, PROCESSES, mixture
 from fewstep.errors import InvalidInputError
 from fewstep.plan import Plan
-from fewstep.tuning import Stage, Tuning, mismatches, tune
+from fewstep.tuned import OPTION, mismatches
+from fewstep.tuning import Stage, Tuning, tune
 from fewstep.tuning.fit import Base, Levels, TunedTable, fit, mean_square
-from fewstep.tuning.purpose import OPTION
 from fewstep.tuning.table import table_of
 
 SMALL: dict[str, Any] = {"images": 32, "held_out": 32, "iterations": 60}

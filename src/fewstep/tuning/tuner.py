@@ -18,8 +18,8 @@ from fewstep.noise import Noise
 from fewstep.plan import DenoiserLike, Plan
 from fewstep.samplers import plan
 from fewstep.schedulers import Grid, make_grid
+from fewstep.tuned import OPTION, Purpose
 from fewstep.tuning.fit import Base, Loss, TunedTable, fit, mean_square
-from fewstep.tuning.purpose import OPTION, Purpose
 from fewstep.tuning.search import searched_grids
 from fewstep.tuning.table import table_of
 from fewstep.tuning.teacher import Lesson, conditioned, lesson
