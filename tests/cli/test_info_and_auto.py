@@ -22,9 +22,9 @@ RATIOS = [120.0, 6.0, 0.9, 0.0]
 PURPOSE = Purpose("tiny", 1.0, "search", 0.1, "ddim/simple-3", 0.25)
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    """Run `fewstep words...` on a wide terminal and return its exit status."""
-    monkeypatch.setenv("COLUMNS", "300")
+def run(monkeypatch: pytest.MonkeyPatch, *words: str, width: int = 300) -> int:
+    """Run `fewstep words...` on a terminal of so many columns and return its exit status."""
+    monkeypatch.setenv("COLUMNS", str(width))
     monkeypatch.setattr(sys, "argv", ["fewstep", *words])
     with pytest.raises(SystemExit) as stop:
         main()
@@ -126,11 +126,18 @@ def test_info_tells_everything(tiny, monkeypatch, capsys):
     assert facts["training"] == "step 1,200, 76,800 images seen, on insects.npz"
     assert facts["recommended"] == "steps=3"
     plans = [row for row in rows if len(row) == 7]
-    file = str(tiny / "plans" / "tuned-3.json")
-    gain = "2.50 times nearer"
-    assert plans[0] == ["3", "1", "search", "0.1000", "0.2500 (ddim/simple-3)", gain, file]
+    assert f"Plans tuned to it, in {tiny / 'plans'}:" in told
+    start = "0.2500 ddim/simple-3"
+    assert plans[0] == ["3", "1", "search", "0.1000", start, "2.50", "tuned-3.json"]
     assert plans[1][:3] == ["3", "2.5", "learn"]
     assert f"not used: {tiny / 'plans' / 'broken.json'}: not JSON" in told
+
+
+def test_nothing_is_cut_off_on_a_narrow_terminal(tiny, monkeypatch, capsys):
+    assert run(monkeypatch, "info", str(tiny), width=80) == 0
+    told = capsys.readouterr().out
+    tables = [line for line in told.splitlines() if line[0] in "│┃┌┏└"]
+    assert "…" not in told and max(map(len, tables)) <= 80
 
 
 def test_info_as_json_tells_the_same(tiny, monkeypatch, capsys):

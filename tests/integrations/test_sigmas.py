@@ -253,6 +253,8 @@ def test_options_of_tuning_do_not_hide_the_sampler():
         (by_hand("heun", VP), "diffusers", "no sampler that makes"),
         (by_hand("unipc", VP), "k-diffusion", "no sampler that makes"),
         (by_hand("unipc", FLOW), "comfyui", "no sampler that makes"),
+        (by_hand("ttm", VP, eta=0.0), "comfyui", "no sampler that makes"),
+        (by_hand("euler_cfg_pp", VP), "comfyui", "no sampler that makes"),
         (fs.plan("ddim", fs.Grid.from_ratios(VP, [9, 1])), "diffusers", "ends with noise"),
         (fs.plan("ddim", fs.Grid.from_times(FLOW, [1, 0.5])), "k-diffusion", "pure noise"),
     ],

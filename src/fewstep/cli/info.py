@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -31,13 +32,16 @@ def info(
     if as_json:
         typer.echo(json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False))
         return
-    table = Table(show_header=False, title=f"fewstep info {model}")
+    table = Table(show_header=False, title="Model")
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     for name, value in _rows(facts):
         table.add_row(name, value)
     console = Console()
     console.print(table)
     used = [plan for plan in facts["plans"] if not plan["fault"]]
     if used:
+        typer.echo(f"Plans tuned to it, in {Path(used[0]['file']).parent}:")
         console.print(_plans(used))
     else:
         typer.echo(f"No plan is tuned to it; make one with: fewstep tune {model} --steps 5")
@@ -124,19 +128,18 @@ def _number(value: Any) -> str:
 
 
 def _plans(plans: Iterable[Mapping[str, Any]]) -> Table:
-    table = Table(title="Tuned plans")
-    for column in ("calls", "guidance", "found by", "distance", "best untuned", "gain"):
-        table.add_column(column, no_wrap=True)
-    table.add_column("file", overflow="fold")
+    table = Table()
+    for column in ("calls", "guidance", "found by", "distance", "best untuned", "gain", "file"):
+        table.add_column(column, overflow="fold")
     for plan in plans:
         table.add_row(
             str(plan["calls"]),
             guidance_text(plan["guidance"]),
             plan["method"],
             f"{plan['error']:.4f}",
-            f"{plan['start_error']:.4f} ({plan['start']})",
-            f"{float(plan['gain']):.2f} times nearer",
-            plan["file"],
+            f"{plan['start_error']:.4f} {plan['start']}",
+            f"{float(plan['gain']):.2f}",
+            Path(plan["file"]).name,
         )
     return table
 

@@ -294,12 +294,16 @@ def _own_options(plan: Plan) -> dict[str, Any]:
 
 
 def _is(plan: Plan, sampler: str, options: Mapping[str, Any] | None = None) -> bool:
-    """Whether a plan is a sampler of ours on the plan's levels: the same points from the same outputs."""
+    """Whether a plan without noise is a sampler of ours on the plan's levels: the same points from the same outputs."""
     try:
         other = make_plan(sampler, Grid(plan.process, plan.levels), **(options or {}))
     except InvalidInputError:
         return False
-    return isinstance(other, Plan) and _same(list(_rows(plan)), list(_rows(other)))
+    return (
+        isinstance(other, Plan)
+        and not other.draws
+        and _same(list(_rows(plan)), list(_rows(other)))
+    )
 
 
 def _rows(plan: Plan) -> Iterator[Row]:
@@ -308,11 +312,11 @@ def _rows(plan: Plan) -> Iterator[Row]:
 
 def _same(rows: list[Row], others: list[Row]) -> bool:
     def numbers(row: Row) -> np.ndarray:
-        return np.concatenate([[row.level.alpha, row.level.sigma, row.start], row.outputs])
+        scalars = [row.level.alpha, row.level.sigma, row.start]
+        return np.concatenate([scalars, row.outputs, row.slopes])
 
     return len(rows) == len(others) and all(
         numbers(a).shape == numbers(b).shape
-        and not (a.slopes.any() or b.slopes.any() or b.draws.any())
         and np.allclose(numbers(a), numbers(b), rtol=TOLERANCE, atol=TOLERANCE)
         for a, b in zip(rows, others, strict=True)
     )
