@@ -30,7 +30,7 @@ from fewstep.schedulers import Grid
 
 if TYPE_CHECKING:
     __version__: str
-    from fewstep import data, metrics, networks, testing, training
+    from fewstep import data, integrations, metrics, networks, testing, training
     from fewstep.models import Model, load
     from fewstep.sampling import Samples, sample
     from fewstep.tuning import Tuning, tune
@@ -43,6 +43,7 @@ _LATER = {
     "Tuning": "tuning",
     "tune": "tuning",
     "data": "",
+    "integrations": "",
     "metrics": "",
     "networks": "",
     "testing": "",
@@ -73,6 +74,7 @@ __all__ = [
     "denoisers",
     "errors",
     "exact",
+    "integrations",
     "load",
     "metrics",
     "networks",

@@ -121,12 +121,16 @@ class Model(Denoiser):
     Args:
         network: The network; it is put into evaluation mode.
         config: Everything else.
+        folder: Where it was loaded from, if it was.
     """
 
-    def __init__(self, network: nn.Module, config: ModelConfig) -> None:
+    def __init__(
+        self, network: nn.Module, config: ModelConfig, folder: Path | None = None
+    ) -> None:
         network.eval().requires_grad_(False)
         super().__init__(network, processes.from_dict(config.process), config.predicts)
         self.config = config
+        self.folder = folder
 
     @property
     def name(self) -> str:
@@ -217,7 +221,7 @@ def load(
         network = config.build_network()
     network = network.to_empty(device="cpu")
     fill(network, load_tensors(path), path)
-    return Model(network.to(torch.device(device)), config)
+    return Model(network.to(torch.device(device)), config, folder)
 
 
 def read_config(folder: Path) -> ModelConfig:

@@ -17,17 +17,23 @@ from torch import Tensor
 
 from fewstep.denoisers import BaseDenoiser, ClassifierFree, Clipped
 from fewstep.errors import InvalidInputError
+from fewstep.models import Model
 from fewstep.noise import Noise
 from fewstep.plan import EagerPlan, Plan, Progress
 from fewstep.process import Process
 from fewstep.samplers import plan as make_plan
 from fewstep.schedulers import Grid, make_grid
+from fewstep.tuned import OPTION, plan_for
 
 Numbers = int | Sequence[int] | np.ndarray | Tensor
 """One whole number, or several."""
 
 BATCH_SIZE = 8
-DEFAULT_SAMPLER, DEFAULT_SCHEDULER, DEFAULT_STEPS = "dpmpp_2m", "trailing", 20
+AUTO = "auto"
+"""As sampler and scheduler: the plan tuned to the model where there is one for as many calls, else the usual ones."""
+
+DEFAULT_SAMPLER, DEFAULT_SCHEDULER, DEFAULT_STEPS = AUTO, AUTO, 20
+USUAL_SAMPLER, USUAL_SCHEDULER = "dpmpp_2m", "trailing"
 
 
 @dataclass(frozen=True)
@@ -103,9 +109,11 @@ def sample(
             Conditions that it has already, one for each picture, are shared out with the pictures.
         n: How many; by default as many as there are seeds or labels, else 1.
         shape: Shape of one picture, (C, H, W); a loaded model knows its own. A shape (n, C, H, W) gives n as well.
-        sampler: Name of a sampler, or a function `(tape, grid, **options)` of your own.
+        sampler: Name of a sampler, or a function `(tape, grid, **options)` of your own. "auto", with the scheduler
+            "auto" too and neither options nor clipping: the plan tuned to the loaded model for exactly these steps and
+            this guidance, if there is one. Otherwise "auto" is "dpmpp_2m".
         scheduler: Name of a scheduler, a function `(process, steps, **options)` of your own, or a `Grid`, which is run
-            as given.
+            as given. "auto" without a tuned plan is "trailing".
         steps: Number of steps; not used with a Grid or a plan.
         seed: The first picture's seed, the next one's being one higher; or one seed for each picture. A picture
             depends on its own seed alone, not on the others or their order.
@@ -143,9 +151,14 @@ def sample(
     )
     classes = [one_or_all] * n if isinstance(one_or_all, int) else one_or_all
     _check_labels(model, classes)
+    options = dict(sampler_options or {}), dict(scheduler_options or {})
+    if plan is None and not clip and not any(options) and (sampler, scheduler) == (AUTO, AUTO):
+        plan = _tuned(model, _one("steps", steps), guidance)
     if plan is None:
-        grid = _grid(scheduler, model.process, steps, dict(scheduler_options or {}))
-        plan = make_plan(sampler, grid, **dict(sampler_options or {}))
+        grid = _grid(
+            USUAL_SCHEDULER if scheduler == AUTO else scheduler, model.process, steps, options[1]
+        )
+        plan = make_plan(USUAL_SAMPLER if sampler == AUTO else sampler, grid, **options[0])
     elif sampler_options or scheduler_options:
         raise InvalidInputError(
             "a ready plan has its options in it; leave sampler_options and scheduler_options out"
@@ -193,6 +206,8 @@ def sample(
     }
     if isinstance(plan, EagerPlan):
         record["rejected_steps"] = rejected
+    elif OPTION in plan.options:  # names and options do not make such a plan again
+        record["plan"] = plan.to_dict()
     return Samples(torch.cat(images), _plain(record))
 
 
@@ -266,6 +281,11 @@ def _grid(
     if callable(scheduler):
         return scheduler(process, count, **options)
     return make_grid(scheduler, process, count, **options)
+
+
+def _tuned(model: BaseDenoiser, steps: int, guidance: float) -> Plan | None:
+    """The plan tuned to a model; a wrapper around one is another model."""
+    return plan_for(model, steps, guidance) if isinstance(model, Model) else None
 
 
 def _device(model: BaseDenoiser, device: torch.device | str | None) -> torch.device:

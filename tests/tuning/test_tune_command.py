@@ -58,7 +58,8 @@ def test_the_plan_lies_beside_the_model_and_can_be_used(tiny, tmp_path, monkeypa
     plan = Plan.from_json(file)
     assert plan.calls == 2 and plan.options["tuned_for"]["model"] == "tiny"
     start = plan.options["tuned_for"]["start"]
-    assert f"2 calls: {start}" in told and f"--plan {file}" in told and "usual plans:" in told
+    assert f"2 calls: {start}" in told and f"Written to {file}" in told and "usual plans:" in told
+    assert f"Use it: fewstep sample {tiny} --steps 2\n" in told
     out = tmp_path / "x.png"
     words = ["sample", str(tiny), "--plan", str(file), "--out", str(out)]
     assert run(monkeypatch, *words) == 0
@@ -101,7 +102,8 @@ def test_searched_levels_are_printed_for_other_programs(tiny, tmp_path, monkeypa
     assert run(monkeypatch, "tune", str(tiny), *FEW, *words) == 0
     told = capsys.readouterr().out
     assert "--label 0 --guidance 2" in told
-    assert ("as sigmas" in told) is (found[0].method == "search")
+    assert f"--plan {out}" in told
+    assert ("fewstep export" in told) is (found[0].method == "search")
     assert ("gained nothing" in told) is (found[0].method == "none")
     assert Plan.from_json(out) == found[0].plan
 

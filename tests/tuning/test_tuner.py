@@ -12,9 +12,9 @@ from torch import Tensor
 import fewstep as fs
 from fewstep.errors import InvalidInputError
 from fewstep.plan import Plan
-from fewstep.tuning import Stage, Tuning, mismatches, tune
+from fewstep.tuned import OPTION, mismatches
+from fewstep.tuning import Stage, Tuning, tune
 from fewstep.tuning.losses import pixels, pseudo_huber
-from fewstep.tuning.purpose import OPTION
 
 SMALL: dict[str, Any] = {"images": 32, "held_out": 32, "iterations": 60}
 
@@ -98,7 +98,7 @@ def test_a_network_without_gradients_is_learned_for_like_any_other():
 def test_a_denoiser_that_remembers_earlier_calls_is_searched_and_the_result_says_so():
     model = problem(fs.process.vp_linear())
     weak = fs.exact.GaussianMixture(torch.zeros(1, 2), 1.0, process=model.process)
-    guided = fs.AutoGuidance(model, weak, 2.0, projection=fs.Projection(momentum=-0.5))
+    guided = fs.AutoGuided(model, weak, 2.0, projection=fs.denoisers.Projection(momentum=-0.5))
     tuned = tune(guided, 3, images=8, held_out=8, iterations=1)
     assert any("searched, not learned" in note for note in tuned.notes)
     assert tuned.method != "learn"

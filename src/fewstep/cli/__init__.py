@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 
 
 def main() -> None:
@@ -12,7 +13,13 @@ def main() -> None:
     try:
         from fewstep.cli.app import app
 
-        app()
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            app()
     except FewstepError as error:
         print(f"fewstep: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InvalidInputError) else 1)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"Warning: {message}", file=sys.stderr)

@@ -9,6 +9,8 @@ import typer
 from fewstep import __version__
 from fewstep.cli.demo import demo
 from fewstep.cli.doctor import doctor
+from fewstep.cli.export import export
+from fewstep.cli.info import info
 from fewstep.cli.listing import samplers, schedulers
 from fewstep.cli.sample import sample
 from fewstep.cli.statistics import statistics
@@ -40,5 +42,5 @@ def _root(
     """Options before the command."""
 
 
-for command in (sample, train, tune, statistics, demo, samplers, schedulers, doctor):
+for command in (sample, train, tune, info, export, statistics, demo, samplers, schedulers, doctor):
     app.command()(command)

@@ -13,10 +13,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from fewstep.errors import InvalidInputError
 from fewstep.models import Model, load
 from fewstep.plan import Plan
-from fewstep.sampling import DEFAULT_SAMPLER, DEFAULT_SCHEDULER, DEFAULT_STEPS
+from fewstep.sampling import (
+    DEFAULT_SAMPLER,
+    DEFAULT_SCHEDULER,
+    DEFAULT_STEPS,
+    USUAL_SAMPLER,
+    USUAL_SCHEDULER,
+)
 from fewstep.sampling import sample as make
 from fewstep.schedulers import Grid
-from fewstep.tuning import mismatches
+from fewstep.tuned import OPTION, mismatches
 
 
 def sample(
@@ -36,8 +42,19 @@ def sample(
         typer.Option(help="A class for all images, or one for each: 7, or 0,1,2; names work too."),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Number of steps.")] = DEFAULT_STEPS,
-    sampler: Annotated[str, typer.Option(help="See: fewstep samplers")] = DEFAULT_SAMPLER,
-    scheduler: Annotated[str, typer.Option(help="See: fewstep schedulers")] = DEFAULT_SCHEDULER,
+    sampler: Annotated[
+        str,
+        typer.Option(
+            help="See: fewstep samplers. auto: the plan tuned to the model for these steps and this guidance, if "
+            f"--scheduler is auto too and there is one (fewstep info MODEL lists them); else {USUAL_SAMPLER}."
+        ),
+    ] = DEFAULT_SAMPLER,
+    scheduler: Annotated[
+        str,
+        typer.Option(
+            help=f"See: fewstep schedulers. auto: that of the tuned plan, else {USUAL_SCHEDULER}."
+        ),
+    ] = DEFAULT_SCHEDULER,
     seed: Annotated[
         int, typer.Option(min=0, help="Seed of the first image; the next one has the next.")
     ] = 0,
@@ -112,8 +129,7 @@ def sample(
     record = samples.record
     where = str(files[0]) if len(files) == 1 else f"{files[0]} .. {files[-1].name}"
     typer.echo(
-        f"{len(samples)} images with {record['sampler']}/{record['scheduler']}, "
-        f"{_calls(record)} network calls each: {where}"
+        f"{len(samples)} images with {_means(record)}, {_calls(record)} network calls each: {where}"
     )
 
 
@@ -124,6 +140,14 @@ def calls_bar() -> Any:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("")
         yield lambda step: bar.update(task, completed=step.call, total=step.calls or None)
+
+
+def _means(record: dict[str, Any]) -> str:
+    """What pictures were made with."""
+    purpose = record["sampler_options"].get(OPTION)
+    if isinstance(purpose, dict) and "model" in purpose:
+        return f"the plan tuned for {purpose['model']}"
+    return f"{record['sampler']}/{record['scheduler']}"
 
 
 def _calls(record: dict[str, Any]) -> str:

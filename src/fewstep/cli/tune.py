@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from fewstep.errors import CheckpointError, InvalidInputError
-from fewstep.models import Model, bundled_models, load
+from fewstep.models import Model, load
 
 if TYPE_CHECKING:
     from fewstep.plan import Plan
@@ -57,10 +57,11 @@ def tune(
     device: Annotated[str, typer.Option(help="cpu, cuda, mps...")] = "cpu",
 ) -> None:
     """Tune a plan of a few network calls to a model. Ctrl-C keeps the best so far; started again, it goes on."""
+    from fewstep.tuned import plan_file
     from fewstep.tuning import tune as find
 
     trained = load(model, device=device, weights=weights)
-    file = _file(model, steps, guidance) if out is None else out
+    file = plan_file(trained, steps, guidance) if out is None else out
     before = _before(file, trained, guidance)
     _make_room(file)
     latest: list[Stage] = []
@@ -93,23 +94,13 @@ def tune(
             typer.echo(f"Stopped; the best plan so far is written. {best}: {file}")
         raise typer.Exit(INTERRUPTED) from None
     _write(tuned.plan, file)
-    _tell(tuned, file, model, guidance)
-
-
-def _file(model: str, steps: int, guidance: float) -> Path:
-    """Where the plan of a model is kept."""
-    if model in bundled_models():
-        raise InvalidInputError(
-            f"the bundled model {model} cannot be written to; give --out tuned-{steps}.json"
-        )
-    suffix = "" if guidance == 1 else f"-guidance-{guidance:g}"
-    return Path(model).expanduser() / "plans" / f"tuned-{steps}{suffix}.json"
+    _tell(tuned, file, model, guidance, found_by_itself=out is None)
 
 
 def _before(file: Path, model: Model, guidance: float) -> Plan | None:
     """The plan that an earlier run left, to go on from; another one is not overwritten."""
     from fewstep.plan import Plan
-    from fewstep.tuning import mismatches
+    from fewstep.tuned import mismatches
 
     if not file.exists():
         return None
@@ -143,17 +134,23 @@ def _unwritable(file: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"cannot write {file}: {error}; give another --out")
 
 
-def _tell(tuned: Tuning, file: Path, model: str, guidance: float) -> None:
+def _tell(
+    tuned: Tuning, file: Path, model: str, guidance: float, *, found_by_itself: bool
+) -> None:
+    from fewstep.tuned import guidance_text
+
     for note in tuned.notes:
         typer.echo(f"Note: {note}", err=True)
     typer.echo(f"distance to the converged images, {tuned}")
-    words = ["fewstep", "sample", model, "--plan", str(file)]
+    typer.echo(f"Written to {file}")
+    chosen = ["--steps", str(tuned.plan.calls)] if found_by_itself else ["--plan", str(file)]
+    words = ["fewstep", "sample", model, *chosen]
     if guidance != 1:
-        words += ["--label", "0", "--guidance", f"{guidance:g}"]
+        words += ["--label", "0", "--guidance", guidance_text(guidance)]
     typer.echo(f"Use it: {shlex.join(words)}")
     if tuned.method == "search":
-        ratios = ",".join(f"{level.ratio:.6g}" for level in tuned.plan.levels)
-        typer.echo(f"Its levels as sigmas, for {tuned.plan.sampler} anywhere: {ratios}")
+        words = ["fewstep", "export", str(file), "--to", "comfyui"]
+        typer.echo(f"For other programs, here ComfyUI: {shlex.join(words)}")
 
 
 @contextmanager

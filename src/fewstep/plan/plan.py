@@ -300,7 +300,7 @@ class Plan:
             )
         except InvalidInputError:
             raise
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
             raise InvalidInputError(f"malformed plan: {type(error).__name__}: {error}") from error
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
@@ -337,9 +337,10 @@ class Plan:
             else _read(source)
         )
         try:
-            return cls.from_dict(json.loads(text))
-        except json.JSONDecodeError as error:
+            data = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise InvalidInputError(f"not JSON: {error}") from error
+        return cls.from_dict(data)
 
     def __str__(self) -> str:
         return f"{self.name}: {self.calls} network calls, {self.draws} noise draws"

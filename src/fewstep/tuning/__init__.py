@@ -1,6 +1,5 @@
 """Plans tuned to a model: where to call the network and how to mix its answers, for as few calls as possible."""
 
-from fewstep.tuning.purpose import mismatches
 from fewstep.tuning.tuner import Stage, Tuning, tune
 
-__all__ = ["Stage", "Tuning", "mismatches", "tune"]
+__all__ = ["Stage", "Tuning", "tune"]

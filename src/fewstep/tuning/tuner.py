@@ -17,9 +17,9 @@ from fewstep.plan import Plan
 from fewstep.process import Level
 from fewstep.samplers import plan
 from fewstep.schedulers import Grid, make_grid
+from fewstep.tuned import OPTION, Purpose
 from fewstep.tuning.fit import Batch, fit
 from fewstep.tuning.losses import Loss, pixels
-from fewstep.tuning.purpose import OPTION, Purpose
 from fewstep.tuning.search import searched_grids
 from fewstep.tuning.table import Table, table_of
 from fewstep.tuning.teacher import Lesson, conditioned, lesson
