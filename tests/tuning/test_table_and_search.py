@@ -13,7 +13,8 @@ from exact_problems import NORMAL, PROCESSES, mixture
 from fewstep.errors import InvalidInputError
 from fewstep.plan import Plan
 from fewstep.samplers.steps import exponential_step
-from fewstep.tuning.search import cheapest_route, jump_costs, searched_levels
+from fewstep.tuning.search.gits import jump_costs, searched_levels
+from fewstep.tuning.search.routes import cheapest_route
 from fewstep.tuning.table import table_of
 from fewstep.tuning.teacher import path
 

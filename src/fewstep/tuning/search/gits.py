@@ -1,4 +1,4 @@
-"""Choosing levels by dynamic programming on a recorded path: no gradients, a few network calls."""
+"""Levels between which a first-order step errs little on recorded paths."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 from fewstep.process import Level
 from fewstep.samplers.steps import exponential_step
 from fewstep.schedulers import Grid, make_grid
+from fewstep.tuning.search.routes import cheapest_route
 from fewstep.tuning.teacher import Lesson, Path, path
 
-SEARCH_STEPS, SEARCH_IMAGES = 32, 16
-"""Steps of a recorded path, at least, and how many pictures follow it."""
+FINE_STEPS = 32
+"""Steps of a recorded path, at least."""
 
-SEARCH_SCHEDULERS = ("exponential", "trailing")
+FINE_SCHEDULERS = ("exponential", "trailing")
 """Schedulers of the recorded paths, among whose levels is chosen."""
 
 GROWTHS = (0.3, 1.0, 3.0)
@@ -46,35 +47,6 @@ def jump_costs(path: Path) -> np.ndarray:
     return costs
 
 
-def cheapest_route(costs: np.ndarray, steps: int) -> list[int]:
-    """The route of so many jumps from the first place to the last whose costs add up to the least.
-
-    Args:
-        costs: Cost of each jump, shape (places, places), infinite where there is none.
-        steps: Number of jumps, 1..places - 1.
-
-    Returns:
-        The places, `steps + 1` of them.
-
-    Source: Bellman 1957, Dynamic Programming.
-
-    >>> inf = np.inf
-    >>> cheapest_route(np.array([[inf, 1, 9.0], [inf, inf, 1], [inf, inf, inf]]), 2)
-    [0, 1, 2]
-    """
-    best = np.full(len(costs), np.inf)
-    best[0] = 0.0
-    origins = []
-    for _ in range(steps):
-        totals = best[:, None] + costs
-        origins.append(totals.argmin(0))
-        best = totals.min(0)
-    route = [len(costs) - 1]
-    for origin in reversed(origins):
-        route.append(int(origin[route[-1]]))
-    return route[::-1]
-
-
 def searched_levels(path: Path, costs: np.ndarray, calls: int, growth: float) -> tuple[Level, ...]:
     """Levels for so many calls, and clean data, chosen among those of a path.
 
@@ -90,13 +62,18 @@ def searched_levels(path: Path, costs: np.ndarray, calls: int, growth: float) ->
     return tuple(path.levels[k] for k in route)
 
 
-def searched_grids(train: Lesson, calls: int) -> Iterator[Grid]:
-    """Grids for so many calls, chosen among the levels of paths that some noise of a lesson follows."""
-    denoiser, noise, _ = train.part(torch.arange(min(SEARCH_IMAGES, len(train))))
-    for scheduler in SEARCH_SCHEDULERS:
-        grid = make_grid(scheduler, denoiser.process, max(SEARCH_STEPS, 2 * calls))
+def least_jump_errors(lesson: Lesson, calls: int) -> Iterator[Grid]:
+    """Grids whose first-order steps miss the recorded paths least, for several weights of late errors.
+
+    `2 max(32, 2 calls)` network calls for each picture.
+
+    Source: Chen et al. 2024, arXiv 2405.11326 (GITS).
+    """
+    denoiser, noise, _ = lesson.part(torch.arange(len(lesson)))
+    for scheduler in FINE_SCHEDULERS:
+        grid = make_grid(scheduler, denoiser.process, max(FINE_STEPS, 2 * calls))
         followed = path(denoiser, noise, grid)
         costs = jump_costs(followed)
-        routes = {searched_levels(followed, costs, calls, growth): None for growth in GROWTHS}
-        for levels in routes:
-            yield Grid(denoiser.process, levels, "searched")
+        for growth in GROWTHS:
+            levels = searched_levels(followed, costs, calls, growth)
+            yield Grid(grid.process, levels, options={"among": scheduler, "growth": growth})
