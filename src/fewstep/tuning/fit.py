@@ -20,11 +20,11 @@ from fewstep.errors import NonFiniteError
 from fewstep.plan import DenoiserLike
 from fewstep.process import Process
 from fewstep.schedulers import Grid
-from fewstep.tuning.losses import Loss, pixels
+from fewstep.tuning.losses import Loss, pixels, softened
 from fewstep.tuning.table import Table
 
-LEVEL_MOVE, MIX_MOVE = 0.03, 0.01
-"""How far log_snr and the other numbers are moved for a derivative.
+LEVEL_MOVE, START_MOVE, WEIGHT_MOVE = 0.03, 0.01, 0.03
+"""How far log_snr, starts and weights are moved for a derivative.
 
 Far enough to see the trend: the estimate of a trained network changes with the level much rougher than that.
 """
@@ -32,11 +32,14 @@ Far enough to see the trend: the estimate of a trained network changes with the 
 LEAST_STEP = 0.05
 """Shortest step in log_snr that levels may come to."""
 
-LONGEST_MOVE = 0.6
-"""How far a level may move in log_snr in one iteration."""
+LONGEST_MOVE = 20.0
+"""How far a number may move in one iteration, in the moves that derivatives are made of."""
 
 DAMPING, EASE, RETREAT = 1e-2, 4.0, 4.0
-"""Damping at first; it falls by `EASE` after a try that came nearer, and grows by `RETREAT` after one that did not."""
+"""Damping at first, and by what it falls or grows."""
+
+GOOD, POOR = 0.75, 0.25
+"""Shares of the hoped-for gain above which damping falls, and below which it grows."""
 
 LEAST_DAMPING = 1e-9
 """Damping of numbers that hardly matter, against the one that matters most."""
@@ -44,8 +47,11 @@ LEAST_DAMPING = 1e-9
 TRIES = 5
 """Tries without success before derivatives are worked out anew."""
 
-SLOW = 0.99
-"""What an iteration must lower the loss to, as a share, for the next one to use the same derivatives."""
+SLOW, PATIENCE = 0.99, 3
+"""Iterations that lower the loss to no less than this share of it, in a row, before derivatives are worked out anew."""
+
+SOFTENING = 0.5
+"""Share of the start's typical loss from which a picture counts for less."""
 
 EXACT = 1e-6
 """Share of the first loss that is nothing."""
@@ -58,8 +64,9 @@ Batch = tuple[DenoiserLike, Tensor, Tensor]
 class Numbers:
     """The numbers of a table of n calls as one vector.
 
-    These are, in order: log_snr of the calls; how far the starts are off their levels, `log(starts_k / sigma_k)`, and
-    the start's share of the result; the weights of each row, as shares of its level's alpha.
+    These are, in order: log_snr of the calls; how far the starts of all but the first are off their levels,
+    `log(starts_k / sigma_k)`; for each row its first weight, the sum of its first two, and so on to the sum of
+    all, as shares of its level's alpha. Estimates are much alike, so sums say more apart from each other than weights.
     """
 
     process: Process
@@ -69,14 +76,15 @@ class Numbers:
     def moves(self) -> np.ndarray:
         """How far each number is moved for a derivative."""
         n = self.calls
-        return np.repeat([LEVEL_MOVE, MIX_MOVE], [n, n + 1 + n * (n + 1) // 2])
+        counts = [n, n - 1, n * (n + 1) // 2]
+        return np.repeat([LEVEL_MOVE, START_MOVE, WEIGHT_MOVE], counts)
 
     @property
     def reach(self) -> list[int]:
         """For each number the first call that it changes; the number of calls if it changes the result alone."""
         n = self.calls
         rows = [k + 1 for k in range(n) for _ in range(k + 1)]
-        return [*range(n), *range(n + 1), *rows]
+        return [*range(n), *range(1, n), *rows]
 
     def of(self, table: Table) -> np.ndarray:
         """The vector of a table."""
@@ -87,24 +95,23 @@ class Numbers:
         return np.concatenate(
             [
                 log_snrs,
-                np.log(table.starts[:n] / sigmas[:n]),
-                table.starts[n:],
-                (table.weights / alphas[1:, None])[np.tril_indices(n)],
+                np.log(table.starts[1:n] / sigmas[1:n]),
+                (table.weights.cumsum(1) / alphas[1:, None])[np.tril_indices(n)],
             ]
         )
 
     def table(self, vector: np.ndarray) -> Table:
         """The table of a vector."""
         n = self.calls
-        log_snrs, off, last, shares = np.split(vector, [n, 2 * n, 2 * n + 1])
+        log_snrs, off, shares = np.split(vector, [n, 2 * n - 1])
         alphas, sigmas = self._shares(log_snrs)
-        weights = np.zeros((n, n))
-        weights[np.tril_indices(n)] = shares
+        sums = np.zeros((n, n))
+        sums[np.tril_indices(n)] = shares
+        weights = np.tril(np.diff(sums, axis=1, prepend=0))
         ratios = [*np.exp(-log_snrs), 0.0]
         grid = Grid(self.process, tuple(self.process.levels_at(ratios)), "learned")
-        return Table(
-            grid, np.concatenate([sigmas[:n] * np.exp(off), last]), alphas[1:, None] * weights
-        )
+        starts = sigmas * np.exp([0.0, *off, 0.0])
+        return Table(grid, starts, alphas[1:, None] * weights)
 
     def held(self, vector: np.ndarray) -> np.ndarray:
         """The vector with its levels in range and falling."""
@@ -139,12 +146,14 @@ class Problem:
         numbers: How a table is a vector.
         batches: The pictures, in batches that go through the network together.
         loss: What is wrong with each picture.
-        on_share: Told the share of a run's, or of all derivatives', work that is done, 0..1.
+        width: The loss from which a picture counts for less, see `fewstep.tuning.losses.pseudo_huber`.
+        on_share: Told the share of the derivatives' work that is done, 0..1.
     """
 
     numbers: Numbers
     batches: Sequence[Batch]
     loss: Loss
+    width: float
     on_share: Callable[[float], None]
 
     def residuals(self, vector: np.ndarray) -> Tensor:
@@ -180,8 +189,22 @@ class Problem:
         return jacobian
 
     def _loss(self, table: Table, batch: Batch, estimates: Sequence[Tensor]) -> Tensor:
-        _, noise, target = batch
-        return self.loss(table.point(table.calls, noise, estimates), target).flatten()
+        wrong = _wrong(table, batch, estimates, self.loss)
+        return softened(wrong, self.width).flatten()
+
+
+def _wrong(table: Table, batch: Batch, estimates: Sequence[Tensor], loss: Loss) -> Tensor:
+    _, noise, target = batch
+    return loss(table.point(table.calls, noise, estimates), target)
+
+
+def typical_loss(table: Table, batches: Sequence[Batch], loss: Loss) -> float:
+    """The median over the pictures of the root mean square of the loss."""
+    sizes = [
+        _wrong(table, batch, table.estimates(*batch[:2]), loss).flatten(1).square().mean(1).sqrt()
+        for batch in batches
+    ]
+    return float(torch.cat(sizes).median())
 
 
 def fit(
@@ -189,6 +212,7 @@ def fit(
     batches: Sequence[Batch],
     *,
     loss: Loss = pixels,
+    soften: bool = False,
     on_share: Callable[[float], None] = lambda share: None,
 ) -> Iterator[Table]:
     """Fit a table by the damped Gauss-Newton method; yields each iteration that came nearer.
@@ -200,6 +224,8 @@ def fit(
         start: The table to start from.
         batches: The pictures, in batches that go through the network together.
         loss: What is wrong with each picture.
+        soften: Whether each picture's mean square is softened to its pseudo-Huber form, half of a typical loss wide.
+            Pictures that go another way altogether then do not decide the fit alone.
         on_share: Told the share of the derivatives' work that is done, 0..1.
 
     Yields:
@@ -211,43 +237,49 @@ def fit(
     Source: Levenberg 1944, Marquardt 1963; the corrections, Broyden 1965.
     """
     numbers = Numbers(start.grid.process, start.calls)
-    problem = Problem(numbers, batches, loss, on_share)
     vector = numbers.of(start)
-    here = problem.residuals(vector)
+    typical = typical_loss(numbers.table(vector), batches, loss) if soften else 0.0
+    width = SOFTENING * typical or math.inf
+    problem = Problem(numbers, batches, loss, width, on_share)
+    here = there = problem.residuals(vector)
     first, damping = _size(here), DAMPING
     if not math.isfinite(first):
         raise NonFiniteError(f"the loss of {start.grid} is not finite before any fit")
     while True:
         before = _size(here)
-        jacobian, failed = problem.jacobian(vector), 0
-        while failed < TRIES:
-            tried = numbers.held(vector + _move(numbers, jacobian, here, damping))
+        jacobian, failed, slow = problem.jacobian(vector), 0, 0
+        while failed < TRIES and slow < PATIENCE:
+            move = _move(jacobian, here, damping)
+            tried = numbers.held(vector + numbers.moves * move)
             there = problem.residuals(tried)
+            hoped = _size(here) - _size(here + torch.from_numpy(move).to(here) @ jacobian)
+            kept = (_size(here) - _size(there)) / hoped if hoped > 0 else -math.inf
+            damping *= 1 / EASE if kept > GOOD else 1 if kept > POOR else RETREAT
             _correct(jacobian, (tried - vector) / numbers.moves, there - here)
-            if _size(there) < _size(here):
-                slow = _size(there) > SLOW * _size(here)
-                vector, here, damping, failed = tried, there, damping / EASE, 0
-                yield numbers.table(vector)
-                if slow or _size(here) < EXACT * first:
-                    break
-            else:
-                damping, failed = damping * RETREAT, failed + 1
-        if failed and not math.isfinite(_size(there)):
+            if kept <= 0:
+                failed += 1
+                continue
+            slow = slow + 1 if _size(there) > SLOW * _size(here) else 0
+            vector, here, failed = tried, there, 0
+            yield numbers.table(vector)
+            if _size(here) < EXACT * first:
+                return
+        if not math.isfinite(_size(there)):
             raise NonFiniteError(
                 f"the loss is not finite however little the plan is changed from one with a loss of {_size(here):g}"
             )
-        if _size(here) > SLOW * before or _size(here) < EXACT * first:
+        if _size(here) > SLOW * before:
             return
 
 
-def _move(numbers: Numbers, jacobian: Tensor, here: Tensor, damping: float) -> np.ndarray:
-    """The damped Gauss-Newton step, shortened so that no level moves too far."""
+def _move(jacobian: Tensor, here: Tensor, damping: float) -> np.ndarray:
+    """The damped Gauss-Newton step, in `moves`, shortened so that no number moves too far."""
     squares = (jacobian @ jacobian.T).cpu().double().numpy()
     slope = (jacobian @ here).cpu().double().numpy()
     scale = np.diag(squares)
     damped = squares + np.diag(damping * scale + LEAST_DAMPING * scale.max())
-    move = np.linalg.solve(damped, -slope) * numbers.moves
-    return move / max(1.0, np.abs(move[: numbers.calls]).max() / LONGEST_MOVE)
+    move = np.linalg.solve(damped, -slope)
+    return move / max(1.0, np.abs(move).max() / LONGEST_MOVE)
 
 
 def _correct(jacobian: Tensor, move: np.ndarray, change: Tensor) -> None:

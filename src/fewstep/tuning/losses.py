@@ -45,12 +45,14 @@ def pseudo_huber(width: float) -> Loss:
     if not (0 < width < math.inf):
         raise InvalidInputError(f"width={width!r} must be a finite number above 0")
 
-    def loss(x: Tensor, target: Tensor) -> Tensor:
-        difference = (x - target).flatten(1)
-        share = difference.square().mean(1, keepdim=True) / width**2
-        return difference * (2 / ((1 + share).sqrt() + 1)).sqrt()
+    return lambda x, target: softened(x - target, width)
 
-    return loss
+
+def softened(wrong: Tensor, width: float) -> Tensor:
+    """The values of a loss, shape (B, anything), scaled to give the pseudo-Huber form of a picture's mean square."""
+    flat = wrong.flatten(1)
+    share = flat.square().mean(1, keepdim=True) / width**2
+    return flat * (2 / ((1 + share).sqrt() + 1)).sqrt()
 
 
 def features(extract: Callable[[Tensor], Tensor]) -> Loss:

@@ -30,7 +30,7 @@ TUNED = "tuned"
 BASES = ("unipc", "dpmpp_2m", "ddim")
 """Samplers that tuning may start from."""
 
-SCHEDULERS = ("exponential", "karras", "trailing", "simple")
+SCHEDULERS = ("exponential", "karras", "trailing", "align_your_steps", "gits")
 """Schedulers that tuning compares with, beside the levels it finds by itself."""
 
 FINE_STEPS = 48
@@ -39,7 +39,7 @@ FINE_STEPS = 48
 HELD_OUT_SEED = 1 << 40
 """How far the seeds of held-out noise are from those of the noise that is fitted on."""
 
-STARTS, SCOUTING = 3, 12
+STARTS, SCOUTING = 2, 12
 """Plans that learning starts from, and the iterations each of them is given on half of the pictures."""
 
 PATIENCE = 6
@@ -282,15 +282,21 @@ def _learn(
     iterations: int,
     loss: Loss,
 ) -> None:
-    """Fit from several plans on half of the pictures, and go on from the one that comes nearest on all of them."""
+    """Fit from several plans on half of the pictures, and go on from the one that comes nearest on all of them.
+
+    At first pictures that go another way count for less; at last for what they are.
+    """
     tables, half = [table_of(start) for start in starts], batches[: (len(batches) + 1) // 2]
     scouted = []
     for k, table in enumerate(tables if len(tables) > 1 else ()):
         stage = f"learning, start {k + 1} of {len(tables)}"
-        found = _best_fit(contest, table, half, min(SCOUTING, iterations), loss, stage)
-        scouted.append(found)
+        scouted.append(
+            _best_fit(contest, table, half, min(SCOUTING, iterations), loss, True, stage)
+        )
     table = min(scouted, key=lambda found: found[0])[1] if scouted else tables[0]
-    _best_fit(contest, table, batches, iterations, loss, "learning")
+    for soften in (True, False):
+        stage = "learning" if soften else "learning, last"
+        _, table = _best_fit(contest, table, batches, iterations, loss, soften, stage)
 
 
 def _best_fit(
@@ -299,11 +305,18 @@ def _best_fit(
     batches: Sequence[Batch],
     iterations: int,
     loss: Loss,
+    soften: bool,
     stage: str,
 ) -> tuple[float, Table]:
     """The table of a fit that is the nearest on held-out noise, and its distance."""
     best, idle = (math.inf, start), 0
-    fitted = fit(start, batches, loss=loss, on_share=lambda done: contest.tell(stage, done))
+    fitted = fit(
+        start,
+        batches,
+        loss=loss,
+        soften=soften,
+        on_share=lambda done: contest.tell(stage, done),
+    )
     try:
         for table in itertools.islice(fitted, iterations):
             error = contest.enter(table.plan(TUNED), "learn")
