@@ -55,7 +55,7 @@ def grey_classifier(images: Tensor, labels: Tensor, noise: float) -> tuple[Judge
 
 
 def colour_classifier(
-    images: Tensor, labels: Tensor, store: Path, epochs: int = 24
+    images: Tensor, labels: Tensor, store: Path, epochs: int = 10
 ) -> tuple[Judge, float]:
     """A convolutional network for pictures of 32x32, trained in minutes and then kept, and its accuracy."""
 
@@ -111,9 +111,7 @@ def _trained(
     for _ in range(epochs):
         mixed = train[torch.randperm(len(train), generator=generator)]
         for rows in mixed[: batches * BATCH].split(BATCH):
-            batch = changed(images[rows], generator).contiguous(
-                memory_format=torch.channels_last
-            )
+            batch = changed(images[rows], generator).contiguous(memory_format=torch.channels_last)
             with autocast("auto", torch.device("cpu")):
                 logits = judge(batch)
             loss = F.cross_entropy(logits.float(), labels[rows])
@@ -123,7 +121,5 @@ def _trained(
             cycle.step()
     judge.eval().requires_grad_(False)
     with torch.no_grad():
-        right = [
-            judge(images[rows]).argmax(1) == labels[rows] for rows in test.split(BATCH)
-        ]
+        right = [judge(images[rows]).argmax(1) == labels[rows] for rows in test.split(BATCH)]
     return judge, float(torch.cat(right).double().mean())

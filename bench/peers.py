@@ -6,6 +6,9 @@ time of the table where a scheduler rounds its times; this way no peer loses any
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import inspect
 import itertools
 import math
 import warnings
@@ -52,6 +55,12 @@ class Family:
     solver: Values = field(default_factory=dict)
     step: Values = field(default_factory=dict)
     random: Values | None = None
+
+    def draws(self, given: Mapping[str, Any]) -> bool:
+        """Whether it draws noise with these settings of solver and step."""
+        if self.random is None:
+            return False
+        return all(given[name] in values for name, values in self.random.items())
 
 
 def _grid(rescale: bool, kinds: tuple[str, ...] = SIGMAS, final: bool = False) -> Values:
@@ -189,46 +198,101 @@ kinds of data, or with the arithmetic of another one of these. `DPMSolverSDESche
 `CosineDPMSolverMultistepScheduler` need a further package, and draw noise."""
 
 
+class Refused(Exception):
+    """A class of diffusers does not take these settings."""
+
+
+@functools.cache
+def defaults(family: str) -> dict[str, Any]:
+    """What a class takes where nothing is given, by the names of its settings and of the arguments of `step`."""
+    kind = getattr(peers, family)
+    known = [inspect.signature(function).parameters for function in (kind.step, kind.__init__)]
+    return {name: p.default for parameters in known for name, p in parameters.items()}
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """Whatever a class of diffusers raises for settings that do not go together, of which there are many kinds."""
+    try:
+        yield
+    except Exception as error:
+        raise Refused from error
+
+
 @dataclass(frozen=True)
-class PeerSetting:
-    """A scheduler of diffusers with given settings.
+class PeerRun:
+    """A scheduler of diffusers with as many steps as so many network calls pay for.
 
     Attributes:
         family: Its class.
         config: Settings of the class.
         step: Arguments of `step`.
         draws: Whether it draws noise.
+        process: The forward process of the model.
+        budget: Network calls at most.
     """
 
     family: str
     config: Mapping[str, Any]
     step: Mapping[str, Any]
     draws: bool
+    process: Process
+    budget: int
 
     @property
-    def key(self) -> str:
-        """Its name, with all settings."""
-        given = {**self.config, **self.step}
-        kind = given.pop(SIGMA_KIND, "")
-        words = [f"{name}={_word(value)}" for name, value in given.items()]
-        return " ".join([self.family, *([f"{kind}=True"] if kind else []), *words])
+    def calls(self) -> int:
+        """Network calls; 0 if they pay for no step, or the class refuses the settings."""
+        try:
+            return len(self.scheduler().timesteps)
+        except Refused:
+            return 0
 
-    def scheduler(self, process: Process, budget: int) -> Any:
-        """The scheduler with as many steps as so many network calls pay for; None if they pay for none."""
+    def scheduler(self) -> Any:
+        """A new scheduler, at its first step.
+
+        Raises:
+            Refused: If the class does not take the settings, or the calls pay for no step.
+        """
         config = dict(self.config)
         if kind := config.pop(SIGMA_KIND, ""):
             config[kind] = True
-        config |= _model_facts(self.family, process)
-        scheduler = _built(getattr(peers, self.family), config)
-        for steps in range(budget, 0, -1):
-            scheduler.set_timesteps(steps)
-            if len(scheduler.timesteps) <= budget:
-                return _refined(scheduler)
-        return None
+        config |= _model_facts(self.family, self.process)
+        with _refusing():
+            scheduler = _built(getattr(peers, self.family), config)
+            for steps in range(self.budget, 0, -1):
+                scheduler.set_timesteps(steps)
+                if 0 < len(scheduler.timesteps) <= self.budget:
+                    return _refined(scheduler)
+        raise Refused
 
+    def run(self, denoiser: DenoiserLike, start: Tensor, seed: int) -> Tensor:
+        """The result from `sigma * start` at the scheduler's first level, with one network call a listed time.
 
-def _word(value: Any) -> str:
-    return ",".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
+        The network's answer is given as the velocity `alpha noise - sigma x_0` at the scheduler's own level.
+
+        Raises:
+            Refused: If the scheduler fails when it steps.
+        """
+        scheduler, step = self.scheduler(), dict(self.step)
+        if self.draws:
+            step["generator"] = torch.Generator().manual_seed(seed)
+        high, low = self.process.noisiest.ratio, self.process.least_noisy.ratio
+        one = torch.ones((), dtype=torch.float64)
+        x: Tensor | None = None
+        for t in scheduler.timesteps:
+            with _refusing():
+                scale = float(scheduler.scale_model_input(one, t))
+                alpha, sigma = _level(scheduler, t, scale)
+                ratio = min(max(sigma / alpha, low), high) if alpha else high
+                (level,) = self.process.levels_at([ratio])
+            if x is None:
+                x = start * (sigma / scale)
+            point = x * scale
+            velocity = (alpha * point - denoiser(point, level)) / sigma
+            with _refusing():
+                x = scheduler.step(velocity, t, x, **step).prev_sample
+        assert x is not None
+        return x
 
 
 def _built(kind: Any, config: Mapping[str, Any]) -> Any:
@@ -268,34 +332,6 @@ def _refined(scheduler: Any) -> Any:
     return scheduler
 
 
-def run(
-    scheduler: Any, setting: PeerSetting, denoiser: DenoiserLike, noise: Tensor, seed: int
-) -> Tensor:
-    """The result of a scheduler from `sigma * noise` at its own first level, with one network call a listed time.
-
-    The network's answer is given as the velocity `alpha noise - sigma x_0` at the scheduler's own level.
-    """
-    process = denoiser.process  # pyright: ignore[reportAttributeAccessIssue]
-    high, low = process.noisiest.ratio, process.least_noisy.ratio
-    one = torch.ones((), dtype=torch.float64)
-    step = dict(setting.step)
-    if setting.draws:
-        step["generator"] = torch.Generator().manual_seed(seed)
-    x: Tensor | None = None
-    for t in scheduler.timesteps:
-        scale = float(scheduler.scale_model_input(one, t))
-        alpha, sigma = _level(scheduler, t, scale)
-        if x is None:
-            x = noise * (sigma / scale)
-        point = x * scale
-        ratio = min(max(sigma / alpha, low), high) if alpha else high
-        (level,) = process.levels_at([ratio])
-        velocity = (alpha * point - denoiser(point, level)) / sigma
-        x = scheduler.step(velocity, t, x, **step).prev_sample
-    assert x is not None
-    return x
-
-
 def _level(scheduler: Any, t: Tensor, scale: float) -> tuple[float, float]:
     """The scheduler's own alpha and sigma, with squares that add up to 1, at the time where it asks the network.
 
@@ -317,14 +353,3 @@ def products(values: Values) -> Iterator[dict[str, Any]]:
     """Every combination of values, the first ones first."""
     for chosen in itertools.product(*values.values()):
         yield dict(zip(values, chosen, strict=True))
-
-
-def solvers(family: Family) -> Iterator[tuple[dict[str, Any], dict[str, Any], bool]]:
-    """Settings beside the grid, arguments of `step`, and whether they draw noise."""
-    for solver in products(family.solver):
-        for step in products(family.step):
-            given = {**solver, **step}
-            draws = family.random is not None and all(
-                given[name] in values for name, values in family.random.items()
-            )
-            yield solver, step, draws

@@ -58,7 +58,7 @@ class Problem:
         return self.model.with_conditions(labels=torch.tensor(list(rows)) % self.classes)  # pyright: ignore[reportAttributeAccessIssue]
 
 
-def exact(cache: Path) -> Problem:
+def exact() -> Problem:
     """The exact denoiser of scikit-learn's 8x8 digits."""
     from sklearn.datasets import load_digits
 
@@ -83,7 +83,7 @@ def exact(cache: Path) -> Problem:
     )
 
 
-def digits(cache: Path) -> Problem:
+def digits() -> Problem:
     """The bundled model of handwritten digits."""
     model = fs.load("digits")
     return Problem(
