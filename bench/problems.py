@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,7 @@ class Problem:
         return self.model.with_conditions(labels=torch.tensor(list(rows)) % self.classes)  # pyright: ignore[reportAttributeAccessIssue]
 
 
+@functools.cache
 def exact() -> Problem:
     """The exact denoiser of scikit-learn's 8x8 digits."""
     from sklearn.datasets import load_digits
@@ -73,7 +75,7 @@ def exact() -> Problem:
         "exact",
         f"The exact denoiser of scikit-learn's {len(images)} digits of 8x8, smoothed by {WIDTH}. Features: "
         f"{judge.width} of a small classifier of them (right on {accuracy:.1%} of what it was not trained on).",
-        fs.exact.Dataset(images, WIDTH, process=fs.process.vp_linear()),
+        fs.exact.Dataset(images, WIDTH, process=fs.process.vp_linear(), chunk=len(images)),
         (1, 8, 8),
         0,
         judge.features,
@@ -111,7 +113,8 @@ def cifar(cache: Path, run: Path, data: Path) -> Problem:
     with np.load(data) as stored:
         images = torch.from_numpy(stored["images"]).permute(0, 3, 1, 2).float() / 127.5 - 1
         labels = torch.from_numpy(stored["labels"].astype(np.int64))
-    judge, accuracy = colour_classifier(images, labels, cache / "colour-classifier.pt")
+    digest = hashlib.sha256(data.read_bytes()).hexdigest()[:12]
+    judge, accuracy = colour_classifier(images, labels, cache / f"judge-{digest}.pt")
     facts = model.config.training
     trained = f", trained on {facts['images_seen']} pictures" if "images_seen" in facts else ""
     return Problem(

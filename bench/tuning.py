@@ -38,7 +38,7 @@ from untuned import OURS, PEERS, Recipe, Trial, ours, plan_trial, theirs
 SIDES = {OURS: ours, PEERS: theirs}
 EXACT = "exact"
 MEASURES = ("rmse", "distance")
-BEST_GRIDS = 12
+BEST_GRIDS = 6
 """Settings that draw noise are tried on so many grids: those that are best for some setting that draws none."""
 
 
@@ -71,7 +71,7 @@ class Sizes:
     batch_size: int
 
 
-ON_EXACT = Sizes((5, 8, 12), 0, 40, 10, 8, 16, 256, 256, 2000, 500)
+ON_EXACT = Sizes((5, 8, 12), 0, 20, 8, 5, 16, 96, 128, 500, 250)
 ON_NETWORK = Sizes((5, 8, 12), 100, 12, 5, 3, 8, 128, 64, 500, 64)
 
 
