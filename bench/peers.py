@@ -90,7 +90,7 @@ FAMILIES = (
         "DDIMScheduler",
         {**_grid(True, PLAIN), "set_alpha_to_one": BOTH},
         {**CLIP, **THRESHOLD},
-        {"eta": (0.0, 0.5, 1.0)},
+        {"eta": (0.0, 0.5, 1.0), "use_clipped_model_output": BOTH},
         {"eta": (0.5, 1.0)},
     ),
     Family(

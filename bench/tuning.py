@@ -21,7 +21,7 @@ import hashlib
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,9 @@ class Bench:
                     )
 
     def _screen_all(self, side: str, budget: int) -> None:
+        done = f"screened | {side} {' '.join(sorted(self.only))} | {budget}"
+        if done in self.chosen.rows:
+            return
         noisy: list[tuple[Recipe, Trial]] = []
         for recipe, trial in SIDES[side](self.process, budget, self._wanted):
             if trial.draws:
@@ -136,6 +139,7 @@ class Bench:
             if recipe.of_grid in grids or recipe.of_grid in others:
                 self._choose(recipe, trial, budget, "distance")
         self._choose_among(nearest[: self.sizes.distance_entrants], budget, "distance")
+        self.chosen.add(done, {})
 
     def _screen_best(self, exact: Mapping[str, Any], side: str, budget: int) -> None:
         entrants = ranked(exact, side, budget, "rmse")[: self.sizes.entrants]
@@ -267,7 +271,7 @@ def _problems(given: argparse.Namespace) -> Iterator[Problem]:
 def _sizes(given: argparse.Namespace, default: Sizes) -> Sizes:
     chosen = {name: getattr(given, name) for name in vars(default)}
     chosen = {name: value for name, value in chosen.items() if value is not None}
-    return Sizes(**{**vars(default), **chosen})
+    return replace(default, **chosen)
 
 
 def _numbers(text: str) -> tuple[int, ...]:
@@ -317,13 +321,14 @@ def main() -> None:
         if given.plans:
             plans = tuned_plans(problem, given.plans, given.tuned_calls or given.calls)
         if problem.is_network:
-            first = Bench(problems.exact(), ON_EXACT, given.cache, given.only)
+            on_exact = replace(ON_EXACT, screened=sizes.screened)
+            first = Bench(problems.exact(), on_exact, given.cache, given.only)
             first.screen()
             bench.screen(first.chosen.rows)
         else:
             bench.screen()
         bench.show(plans, given.calls)
-    text = page(given.cache, "python bench/tuning.py --problem exact --plans out/plans")
+    text = page(given.cache)
     print(text.split("<details>")[0])
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,13 @@ from untuned import OURS, PEERS
 
 CALLS = tuple(range(3, 21))
 TUNED, FLOOR = "tuned", "converged"
-PROBLEMS = ("exact", "digits", "cifar")
+COMMANDS = {
+    "exact": "--problem exact",
+    "digits": "--problem digits",
+    "cifar": "--problem cifar --cifar RUN_FOLDER --cifar-data FILE.npz",
+}
+"""What measures each problem."""
+
 FEW, MANY = 5, 12
 """The target: so many tuned calls are at least as near as so many of the peer's best setting."""
 
@@ -57,7 +63,7 @@ def best(rows: Mapping[str, Mapping[str, Any]], measure: str) -> Best:
 
 def stored(folder: Path) -> dict[str, dict[str, Any]]:
     """What was measured, by problem."""
-    paths = {name: folder / f"{name}.json" for name in PROBLEMS}
+    paths = {name: folder / f"{name}.json" for name in COMMANDS}
     return {
         name: json.loads(path.read_text(encoding="utf-8"))
         for name, path in paths.items()
@@ -65,8 +71,10 @@ def stored(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def page(folder: Path, command: str) -> str:
+def page(folder: Path) -> str:
     """All that was measured, as a document."""
+    contents = stored(folder)
+    command = " ".join(["python bench/tuning.py", *(COMMANDS[name] for name in contents)])
     lines = [
         *header(
             "Tuned plans against every untuned setting",
@@ -78,11 +86,11 @@ def page(folder: Path, command: str) -> str:
         "values of their settings. The best of them stands in each row; settings of diffusers that are as by default "
         "are not named. Its schedulers hand the network exactly the level they compute with, and not a rounded time. "
         "Distances to the converged results are root mean squares over pixels in [-1, 1], of unipc of order 3 on 200 "
-        "exponential steps from the same noise; only settings that draw no noise have one. Plans were tuned on other "
-        "noise.",
+        "exponential steps from the same noise; only settings that draw no noise have one. For Frechet distances "
+        "networks compute in bfloat16 where the processor does. Plans were tuned on other noise.",
         "",
     ]
-    for name, content in stored(folder).items():
+    for name, content in contents.items():
         lines += _section(name, content)
     return "\n".join(lines)
 
