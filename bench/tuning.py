@@ -49,9 +49,12 @@ class Sizes:
     Attributes:
         screened: Numbers of calls at which settings are chosen.
         entrants: Settings of each side that a network chooses from, at each of them.
+        second: Settings of each side that are chosen from on more pictures.
         distance_entrants: The same for the Frechet distance; half of them are those nearest to converged results.
         finalists: Settings of each side that are measured at each number of calls.
         distance_finalists: The same for the Frechet distance.
+        rough_images: Pictures for choosing by nearness at first. They are too few to end with: single pictures that
+            turn into another one decide the distance of a setting.
         screen_images: Pictures for choosing by nearness.
         screen_distance_images: Pictures for choosing by Frechet distance.
         images: Pictures for the nearness that is shown.
@@ -61,9 +64,11 @@ class Sizes:
 
     screened: tuple[int, ...]
     entrants: int
+    second: int
     distance_entrants: int
     finalists: int
     distance_finalists: int
+    rough_images: int
     screen_images: int
     screen_distance_images: int
     images: int
@@ -71,8 +76,8 @@ class Sizes:
     batch_size: int
 
 
-ON_EXACT = Sizes((5, 8, 12), 0, 20, 8, 5, 16, 96, 128, 500, 250)
-ON_NETWORK = Sizes((5, 8, 12), 100, 12, 5, 3, 8, 128, 64, 500, 64)
+ON_EXACT = Sizes((5, 8, 12), 0, 150, 20, 8, 5, 16, 128, 96, 128, 500, 250)
+ON_NETWORK = Sizes((5, 8, 12), 100, 20, 12, 5, 3, 8, 32, 128, 64, 500, 64)
 
 
 class Bench:
@@ -93,6 +98,7 @@ class Bench:
         self.contest = Contest(problem, folder, sizes.batch_size)
         facts = {"about": problem.about, "batch_size": sizes.batch_size}
         choosing = {
+            "rough_images": sizes.rough_images,
             "images": sizes.screen_images,
             "distance_images": sizes.screen_distance_images,
         }
@@ -130,7 +136,8 @@ class Bench:
             if trial.draws:
                 noisy.append((recipe, trial))
             else:
-                self._choose(recipe, trial, budget, "rmse")
+                self._choose(recipe, trial, budget, "rough")
+        self._second_round(side, budget)
         nearest = self.ranked(side, budget, "rmse")
         grids = list(dict.fromkeys(recipe.of_grid for recipe in nearest))[:BEST_GRIDS]
         # Classes that draw noise and have grids of their own are not left out.
@@ -143,11 +150,16 @@ class Bench:
 
     def _screen_best(self, exact: Mapping[str, Any], side: str, budget: int) -> None:
         entrants = ranked(exact, side, budget, "rmse")[: self.sizes.entrants]
-        self._choose_among(entrants, budget, "rmse")
+        self._choose_among(entrants, budget, "rough")
+        self._second_round(side, budget)
         half = self.sizes.distance_entrants // 2
         nearest = self.ranked(side, budget, "rmse")[:half]
         likely = ranked(exact, side, budget, "distance")[:half]
         self._choose_among([*nearest, *likely], budget, "distance")
+
+    def _second_round(self, side: str, budget: int) -> None:
+        likely = self.ranked(side, budget, "rough")[: self.sizes.second]
+        self._choose_among(likely, budget, "rmse")
 
     def _choose_among(self, recipes: Iterable[Recipe], budget: int, measure: str) -> None:
         for recipe in recipes:
@@ -158,8 +170,10 @@ class Bench:
         row = self.chosen.rows.get(recipe.key(budget), {"recipe": recipe.to_dict()})
         if measure in row:
             return
-        if measure == "rmse":
-            value = self.contest.rmse(trial, self.sizes.screen_images, precise=False)
+        if measure != "distance":
+            sizes = self.sizes
+            images = sizes.rough_images if measure == "rough" else sizes.screen_images
+            value = self.contest.rmse(trial, images, precise=False)
         else:
             value = self.contest.distance(trial, self.sizes.screen_distance_images)
         self.chosen.add(recipe.key(budget), {**row, measure: value})
@@ -220,12 +234,12 @@ class Bench:
         sizes, seconds, total = self.sizes, self.contest.seconds, sum(calls)
         screened = sum(sizes.screened)
         precise, quick = seconds(sizes.images, True), seconds(sizes.distance_images, False)
-        few, some = (
-            seconds(sizes.screen_images, False),
-            seconds(sizes.screen_distance_images, False),
-        )
+        few, more = seconds(sizes.rough_images, False), seconds(sizes.screen_images, False)
+        some = seconds(sizes.screen_distance_images, False)
         entrants = sizes.entrants or ALL_SETTINGS
-        choosing = entrants * (few + OVERHEAD) + sizes.distance_entrants * some
+        choosing = (
+            entrants * (few + OVERHEAD) + sizes.second * more + sizes.distance_entrants * some
+        )
         showing = (2 * sizes.finalists + 1) * precise + (2 * sizes.distance_finalists + 1) * quick
         return 2 * screened * choosing + total * showing + 200 * (precise + quick)
 
@@ -236,13 +250,15 @@ ALL_SETTINGS, OVERHEAD = 3500, 5e-4
 
 
 def ranked(rows: Mapping[str, Any], side: str, budget: int, measure: str) -> list[Recipe]:
-    """Settings of a side in rows of a screening, the best first; those that broke down are left out."""
+    """Settings of a side in rows of a screening, the best first; those that broke down, and repeats, left out."""
     found = [
         (row[measure], row["recipe"])
         for key, row in rows.items()
         if key.startswith(f"{side} | ") and key.endswith(f" | {budget}") and row.get(measure)
     ]
-    return [Recipe(**recipe) for _, recipe in sorted(found, key=lambda pair: pair[0])]
+    # Settings that differ in name alone come to the same result.
+    apart = {f"{value:.7g}": recipe for value, recipe in reversed(found)}
+    return [Recipe(**apart[value]) for value in sorted(apart, key=float)]
 
 
 def tuned_plans(problem: Problem, folder: Path, calls: Iterable[int]) -> dict[int, fs.Plan]:
