@@ -95,7 +95,7 @@ class Recipe:
     @property
     def of_grid(self) -> str:
         """What makes the levels, in words."""
-        return _words(self.scheduler, self._told(self.grid)) or "its own levels"
+        return _words(self.scheduler, self._told(self.grid)) or "default levels"
 
     def _told(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options but those of the peer's that are as by default."""

@@ -192,7 +192,8 @@ def test_the_benchmark_runs_and_goes_on(tmp_path: Path, monkeypatch: pytest.Monk
     arguments = (
         "--problem exact --only ddim --only DDIMScheduler --screened 4 --calls 4,5 --tuned-calls 4 --threads 1 "
         "--finalists 1 --distance-finalists 1 --distance-entrants 2 --rough-images 4 --screen-images 4 "
-        f"--screen-distance-images 40 --images 4 --distance-images 40 --plans {tmp_path}/plans --cache {tmp_path}/kept --out {page}"
+        f"--screen-distance-images 40 --images 4 --distance-images 40 "
+        f"--plans {tmp_path}/plans --cache {tmp_path}/kept --out {page}"
     )
     monkeypatch.setattr(sys, "argv", ["tuning.py", *arguments.split()])
     tuning.main()
