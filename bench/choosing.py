@@ -30,11 +30,12 @@ import torch
 from torch import Tensor
 
 import fewstep as fs
-from fewstep.errors import FewstepError, InvalidInputError
+from fewstep.errors import FewstepError
 from fewstep.metrics import digit_features, digit_statistics, frechet_distance, load_classifier
 from fewstep.plan import EagerPlan
 from fewstep.samplers import SAMPLERS, SamplerEntry
 from report import header
+from store import Results
 
 BUDGETS = (5, 8, 10, 15, 20, 30, 50)
 SCHEDULERS = ("karras", "exponential", "simple")
@@ -199,34 +200,10 @@ class Bench:
         return pictures
 
 
-class Results:
-    """What was measured, in a JSON file that is written anew after each run."""
-
-    def __init__(self, path: Path, images: int) -> None:
-        self.path, self.images = path, images
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.rows: dict[str, dict[str, Any]] = {}
-        if path.exists():
-            stored = json.loads(path.read_text(encoding="utf-8"))
-            if stored["images"] != images:
-                raise InvalidInputError(
-                    f"{path} holds results of {stored['images']} images, not {images}; give another --cache"
-                )
-            self.rows = stored["results"]
-
-    @property
-    def measures(self) -> tuple[str, ...]:
-        """What so many images can tell."""
-        enough = self.images >= ENOUGH_IMAGES
-        return ("rmse", "path", "distance") if enough else ("rmse", "path")
-
-    def add(self, key: str, row: dict[str, Any]) -> None:
-        """Keep a result; a kill at any time leaves either the old file or the new one."""
-        self.rows[key] = row
-        text = json.dumps({"images": self.images, "results": self.rows}, indent=1)
-        new = self.path.with_suffix(".new")
-        new.write_text(text, encoding="utf-8")
-        new.replace(self.path)
+def measures(results: Results) -> tuple[str, ...]:
+    """What so many images can tell."""
+    enough = results.conditions["images"] >= ENOUGH_IMAGES
+    return ("rmse", "path", "distance") if enough else ("rmse", "path")
 
 
 Table = Mapping[str, Mapping[int, float]]
@@ -294,10 +271,10 @@ def page(results: Results, command: str) -> str:
     }
     lines = [
         *header("Error against network calls on `digits`", command, ("torch",)),
-        f"{results.images} images, seeds from 0, labels 0 to 9 in turn. Steps are as many as the calls pay for. "
-        "Empty places were not measured, or the calls do not pay for a single step.",
+        f"{results.conditions['images']} images, seeds from 0, labels 0 to 9 in turn. Steps are as many as the calls "
+        "pay for. Empty places were not measured, or the calls do not pay for a single step.",
     ]
-    for measure in results.measures:
+    for measure in measures(results):
         title, text = told[measure]
         of = table(results.rows, measure)
         lines += ["", f"## {title}", "", f"{text} Best first:", "", *best(of), "", *markdown(of)]
@@ -316,7 +293,7 @@ def plot(results: Results, path: Path, highlighted: int = 6) -> None:
         "path": "samplers that draw noise: distance to their own limit",
         "distance": "Frechet distance to MNIST",
     }
-    shown = results.measures
+    shown = measures(results)
     size = (6.5 * len(shown), 5.5)
     figure, axes = plt.subplots(
         1, len(shown), figsize=size, constrained_layout=True, squeeze=False
@@ -378,16 +355,16 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="write the plot to this file")
     given = parser.parse_args()
     cache = given.cache or Path(f"out/choosing-{given.images}.json")
-    results = Results(cache, given.images)
+    results = Results(cache, {"images": given.images})
     names = [SAMPLERS.find(name).name for name in given.sampler]
     left = [s for s in settings(names) if given.again or s.key not in results.rows]
     bench = Bench(given.images, given.device, given.batch_size, cache.with_suffix(".pt"))
-    for k, setting in enumerate(left, 1):
-        row = bench.measure(setting)
-        results.add(setting.key, row)
-        print(f"{k}/{len(left)} {setting.key}: {json.dumps(row)}", flush=True)
+    with results:
+        for k, setting in enumerate(left, 1):
+            row = results.add(setting.key, bench.measure(setting))
+            print(f"{k}/{len(left)} {setting.key}: {json.dumps(row)}", flush=True)
     text = page(results, f"python bench/choosing.py --images {given.images}")
-    for measure in results.measures:
+    for measure in measures(results):
         print(f"\nBest by {measure}:", *best(table(results.rows, measure)), sep="\n")
     if given.out:
         given.out.parent.mkdir(parents=True, exist_ok=True)
