@@ -81,7 +81,7 @@ def exact() -> Problem:
         judge.features,
         FeatureStatistics.of(judge.features(smoothed)),
         False,
-        {"images": 256, "held_out": 128},
+        {"images": 1024, "held_out": 512, "batch_size": 256},
     )
 
 

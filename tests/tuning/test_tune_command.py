@@ -165,3 +165,18 @@ def test_a_place_that_cannot_be_written_is_told(tiny, tmp_path, monkeypatch, cap
     out = tmp_path / "file" / "plan.json"
     assert run(monkeypatch, "tune", str(tiny), *FEW, "--out", str(out)) == 1
     assert "cannot write" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("loss", "status", "told"),
+    [
+        ("pseudo-huber", 0, "Use it: "),
+        ("features", 2, "knows features of digits of 1x28x28, and not of pictures of (1, 4, 4)"),
+        ("blurred", 2, "'pixels', 'pseudo-huber', 'features'"),
+    ],
+)
+def test_what_near_means_is_the_users_choice(tiny, monkeypatch, capsys, loss, status, told):
+    assert run(monkeypatch, "tune", str(tiny), *FEW, "--loss", loss) == status
+    captured = capsys.readouterr()
+    assert told in captured.out + captured.err
+    assert (tiny / "plans" / "tuned-2.json").exists() is (status == 0)

@@ -20,9 +20,12 @@ from fewstep.models import Model, load
 if TYPE_CHECKING:
     from fewstep.plan import Plan
     from fewstep.tuning import Stage, Tuning
+    from fewstep.tuning.losses import Loss
 
 INTERRUPTED = 130
 PLAIN_LINE_SECONDS = 10.0
+HUBER_WIDTH = 0.05
+"""In pixels that go from -1 to 1."""
 
 
 def tune(
@@ -36,10 +39,17 @@ def tune(
     ] = 1.0,
     method: Annotated[
         Literal["learn", "search"],
-        typer.Option(help="learn, or search, which takes no gradients and changes only levels."),
+        typer.Option(help="learn, or search, which changes nothing but levels."),
     ] = "learn",
-    iterations: Annotated[int, typer.Option(help="Steps of gradient descent at most.")] = 150,
-    images: Annotated[int, typer.Option(help="Images that the plan is fitted on.")] = 64,
+    loss: Annotated[
+        Literal["pixels", "pseudo-huber", "features"],
+        typer.Option(
+            help="What near means: pixels; pseudo-huber, which gives up images that are far off; or features of the "
+            "digit classifier, for models of 1x28x28."
+        ),
+    ] = "pixels",
+    iterations: Annotated[int, typer.Option(help="Iterations of each fit at most.")] = 80,
+    images: Annotated[int, typer.Option(help="Images that the plan is fitted on.")] = 80,
     held_out: Annotated[int, typer.Option(help="Other images, on which plans are compared.")] = 48,
     batch_size: Annotated[
         int, typer.Option(help="Images that go through the network together.")
@@ -77,6 +87,7 @@ def tune(
                 steps,
                 guidance=guidance,
                 method=method,
+                loss=_loss(loss, trained),
                 start=before,
                 iterations=iterations,
                 images=images,
@@ -95,6 +106,27 @@ def tune(
         raise typer.Exit(INTERRUPTED) from None
     _write(tuned.plan, file)
     _tell(tuned, file, model, guidance, found_by_itself=out is None)
+
+
+def _loss(name: str, model: Model) -> Loss:
+    """The loss of a name.
+
+    Raises:
+        InvalidInputError: If there are no features for the model's pictures.
+    """
+    from fewstep.metrics import digit_features, load_classifier
+    from fewstep.networks.classifier import IMAGE_SIZE
+    from fewstep.tuning import features, pixels, pseudo_huber
+
+    if name == "features":
+        if model.shape != (1, IMAGE_SIZE, IMAGE_SIZE):
+            raise InvalidInputError(
+                f"--loss features knows features of digits of 1x{IMAGE_SIZE}x{IMAGE_SIZE}, and not of pictures of "
+                f"{model.shape}; use fewstep.tune with loss=fewstep.tuning.features(your own), or --loss pseudo-huber"
+            )
+        classifier = load_classifier().to(model.device)
+        return features(lambda x: digit_features(x, classifier=classifier))
+    return pseudo_huber(HUBER_WIDTH) if name == "pseudo-huber" else pixels
 
 
 def _before(file: Path, model: Model, guidance: float) -> Plan | None:

@@ -39,7 +39,7 @@ FINE_STEPS = 48
 HELD_OUT_SEED = 1 << 40
 """How far the seeds of held-out noise are from those of the noise that is fitted on."""
 
-STARTS, SCOUTING = 2, 12
+STARTS, SCOUTING = 2, 6
 """Plans that learning starts from, and the iterations each of them is given on half of the pictures."""
 
 PATIENCE = 6
@@ -109,7 +109,7 @@ def tune(
     guidance: float = 1.0,
     method: Method = "learn",
     start: Plan | None = None,
-    images: int = 96,
+    images: int = 80,
     held_out: int = 48,
     iterations: int = 80,
     batch_size: int = 16,

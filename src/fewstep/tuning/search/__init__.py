@@ -14,7 +14,7 @@ from fewstep.tuning.teacher import Lesson
 
 __all__ = ["SEARCHES", "Search", "searched_grids"]
 
-IMAGES = 16
+IMAGES = 8
 """How many pictures of a lesson are looked at."""
 
 
@@ -53,7 +53,7 @@ SEARCHES = (
 def searched_grids(train: Lesson, calls: int) -> Iterator[Grid]:
     """The grids of all searches for so many calls, each once; a grid's `scheduler` tells which search found it.
 
-    All together take 360 to 600 network calls for each of at most 16 pictures with 3 to 20 calls.
+    All together take 360 to 600 network calls for each of at most 8 pictures with 3 to 20 calls.
     """
     few = replace(train, noise=train.noise[:IMAGES], ends=train.ends[:IMAGES])
     seen = set()
