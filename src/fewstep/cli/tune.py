@@ -49,7 +49,7 @@ def tune(
         ),
     ] = "pixels",
     iterations: Annotated[int, typer.Option(help="Iterations of each fit at most.")] = 80,
-    images: Annotated[int, typer.Option(help="Images that the plan is fitted on.")] = 80,
+    images: Annotated[int, typer.Option(help="Images that the plan is fitted on.")] = 96,
     held_out: Annotated[int, typer.Option(help="Other images, on which plans are compared.")] = 48,
     batch_size: Annotated[
         int, typer.Option(help="Images that go through the network together.")

@@ -42,7 +42,7 @@ HELD_OUT_SEED = 1 << 40
 STARTS, SCOUTING = 2, 6
 """Plans that learning starts from, and the iterations each of them is given on half of the pictures."""
 
-PATIENCE = 6
+PATIENCE = 3
 """Iterations without gain on held-out noise before learning ends."""
 
 Method = Literal["learn", "search"]
@@ -109,7 +109,7 @@ def tune(
     guidance: float = 1.0,
     method: Method = "learn",
     start: Plan | None = None,
-    images: int = 80,
+    images: int = 96,
     held_out: int = 48,
     iterations: int = 80,
     batch_size: int = 16,
