@@ -118,9 +118,9 @@ def test_a_start_that_is_not_finite_is_refused():
 def test_tries_that_are_not_finite_are_stepped_back_from():
     """Results that leave the start's by too much are NaN: the fit stays inside, and still comes nearer."""
     process = fs.process.vp_linear()
-    start, batch = start_of(process), (mixture(process), NORMAL, 0.7 * torch.tanh(NORMAL))
+    start, batch = start_of(process, 2, "ddim"), gaussian(process)
     begin, refused = result(start, batch), []
-    fence = 0.2 * float((batch[2] - begin).square().mean())
+    fence = 0.3 * float((batch[2] - begin).square().mean())
 
     def fenced(x: Tensor, wanted: Tensor) -> Tensor:
         refused.append(bool((x - begin).square().mean() > fence))
@@ -131,7 +131,7 @@ def test_tries_that_are_not_finite_are_stepped_back_from():
         tables.extend(fit(start, [batch], loss=fenced))
     assert any(refused)
     wrong = [float((result(t, batch) - batch[2]).square().mean()) for t in [start, *tables]]
-    assert len(tables) > 1 and wrong[-1] < wrong[0]
+    assert tables and wrong[-1] < wrong[0]
 
 
 def test_a_picture_that_goes_astray_does_not_decide_the_fit():

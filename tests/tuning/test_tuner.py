@@ -11,6 +11,8 @@ from torch import Tensor
 
 import fewstep as fs
 from fewstep.errors import InvalidInputError
+from fewstep.models import Model, ModelConfig
+from fewstep.networks import UNetConfig
 from fewstep.plan import Plan
 from fewstep.tuned import OPTION, mismatches
 from fewstep.tuning import Stage, Tuning, tune
@@ -40,7 +42,7 @@ def test_tuning_gains_on_noise_that_it_never_saw(process):
     sampler, scheduler = tuned.start.split("/")
     start = end(fs.plan(sampler, fs.schedulers.make_grid(scheduler, process, 3)))
     before, after = ((x - truth).square().mean().sqrt() for x in (start, end(tuned.plan)))
-    assert before > 2 * after
+    assert before > 1.6 * after
 
 
 def test_the_plan_says_what_it_was_tuned_for_and_survives_json():
@@ -138,9 +140,20 @@ def test_what_the_listener_raises_ends_it_and_the_best_so_far_is_known():
     assert latest[-1].error < latest[0].start_error
 
 
-def test_a_model_with_classes_is_tuned_for_a_guidance():
-    model = fs.load("digits")
-    tuned = tune(model, 2, guidance=2.0, images=2, held_out=2, iterations=1, batch_size=2)
+@pytest.mark.global_rng  # a network is made with weights of torch's
+@pytest.mark.parametrize("predicts", ["noise", "data", "velocity", "flow"])
+def test_a_model_with_classes_is_tuned_for_a_guidance(predicts):
+    config = ModelConfig(
+        network=UNetConfig(in_channels=1, channels=(8,), blocks=1, num_classes=3, groups=4),
+        process=fs.process.vp_linear().to_dict(),
+        shape=(1, 4, 4),
+        class_names=("ant", "bee", "cat"),
+        predicts=predicts,
+        name="tiny",
+    )
+    model = Model(config.build_network(), config)
+    few: dict[str, Any] = {"images": 3, "held_out": 3, "iterations": 1, "batch_size": 3}
+    tuned = tune(model, 2, guidance=2.0, **few)
     assert tuned.error <= tuned.start_error
     assert tuned.plan.options[OPTION]["guidance"] == 2.0
     assert not tuned.notes

@@ -248,6 +248,8 @@ def fit(
     while True:
         before = _size(here)
         jacobian, failed, slow = problem.jacobian(vector), 0, 0
+        if not jacobian.any():
+            return
         while failed < TRIES and slow < PATIENCE:
             move = _move(jacobian, here, damping)
             tried = numbers.held(vector + numbers.moves * move)

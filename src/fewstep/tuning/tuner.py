@@ -42,7 +42,7 @@ HELD_OUT_SEED = 1 << 40
 STARTS, SCOUTING = 2, 6
 """Plans that learning starts from, and the iterations each of them is given on half of the pictures."""
 
-PATIENCE = 3
+PATIENCE = 5
 """Iterations without gain on held-out noise before learning ends."""
 
 Method = Literal["learn", "search"]
