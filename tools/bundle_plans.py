@@ -14,6 +14,9 @@ import fewstep as fs
 from fewstep.tuned import plans_folder, plans_of
 
 MODEL, CALLS = "digits", (3, 4, 5, 6, 8, 10)
+OPTIONS = {8: ["--images", "48"], 10: ["--images", "32"]}
+"""Plans of many calls have more numbers, whose derivatives take longer; and their errors are smaller."""
+
 TITLE, NEXT = "## Tuned plans", "## Use and limits"
 
 
@@ -30,9 +33,13 @@ def main() -> None:
     for calls in given.calls:
         file = folder / f"tuned-{calls}.json"
         if not file.exists():
-            words = ["tune", MODEL, "--steps", str(calls), "--out", str(file)]
+            words = [*_words(calls), "--out", str(file)]
             subprocess.run([sys.executable, "-m", "fewstep", *words], check=True)
     write_section(model)
+
+
+def _words(calls: int) -> list[str]:
+    return ["tune", MODEL, "--steps", str(calls), *OPTIONS.get(calls, [])]
 
 
 def write_section(model: fs.Model) -> None:
@@ -53,17 +60,16 @@ def section(model: fs.Model) -> str:
         "`fewstep sample digits --steps N` takes the plan of N calls by itself. Distances are root mean squares over "
         "the pixels, in [-1, 1], to the converged results of the same noise, which tuning held out; guidance 1.",
         "",
-        "| calls | distance | best untuned | its distance | times nearer |",
-        "| ---: | ---: | --- | ---: | ---: |",
+        "| calls | distance | best untuned | its distance | times nearer | made by |",
+        "| ---: | ---: | --- | ---: | ---: | --- |",
     ]
     found = [(tuned.purpose, tuned.plan) for tuned in plans_of(model) if tuned.plan]
     for purpose, plan in sorted(found, key=lambda entry: entry[1].calls):
         lines.append(
             f"| {plan.calls} | {purpose.error:.4f} | `{purpose.start}` | {purpose.start_error:.4f} | "
-            f"{purpose.gain:.2f} |"
+            f"{purpose.gain:.2f} | `fewstep {' '.join(_words(plan.calls))} --out ...` |"
         )
-    command = "fewstep tune digits --steps N --out src/fewstep/bundled/digits/plans/tuned-N.json"
-    return "\n".join([*lines, "", "Each was made by", "", "```text", command, "```", "", ""])
+    return "\n".join([*lines, "", ""])
 
 
 if __name__ == "__main__":

@@ -27,10 +27,10 @@ from fewstep.tuning.teacher import Lesson, conditioned, lesson
 TUNED = "tuned"
 """Sampler of a plan with learned mixing weights."""
 
-BASES = ("unipc", "dpmpp_2m", "ddim")
+BASES = ("uni_pc_bh2", "dpmpp_2m", "ipndm")
 """Samplers that tuning may start from."""
 
-SCHEDULERS = ("exponential", "karras", "trailing", "align_your_steps", "gits")
+SCHEDULERS = ("exponential", "karras", "trailing", "align_your_steps", "gits", "use_flow_sigmas")
 """Schedulers that tuning compares with, beside the levels it finds by itself."""
 
 FINE_STEPS = 48
