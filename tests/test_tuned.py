@@ -16,10 +16,10 @@ import fewstep as fs
 from fewstep import tuned
 from fewstep.data import read_metadata
 from fewstep.errors import InvalidInputError, UnknownNameError
-from fewstep.models import Model, ModelConfig
-from fewstep.networks import UNetConfig
+from fewstep.models import Model
 from fewstep.plan import Plan
 from fewstep.tuned import OPTION, Purpose, plan_file, plan_for, plans_folder, plans_of
+from tiny_model import tiny_model
 
 VP = fs.process.vp_linear()
 RATIOS = [120.0, 6.0, 0.9, 0.0]
@@ -29,21 +29,7 @@ PURPOSE = Purpose("tiny", 1.0, "search", 0.1, "ddim/simple-3", 0.2)
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder with a class-conditional model of 4x4 pictures, whose network does something."""
-    config = ModelConfig(
-        network=UNetConfig(
-            in_channels=1, channels=(8,), blocks=1, attention=(), num_classes=3, groups=4
-        ),
-        process=VP.to_dict(),
-        shape=(1, 4, 4),
-        class_names=("ant", "bee", "cat"),
-        name="tiny",
-    )
-    network = config.build_network()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in network.parameters():
-            weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
-    Model(network, config).save(tmp_path / "tiny")
+    tiny_model().save(tmp_path / "tiny")
     return tmp_path / "tiny"
 
 

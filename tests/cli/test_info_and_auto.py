@@ -13,9 +13,9 @@ import pytest
 import fewstep as fs
 from fewstep.cli import main
 from fewstep.data import read_metadata
-from fewstep.models import Model, ModelConfig
-from fewstep.networks import UNetConfig
+from fewstep.models import Model
 from fewstep.tuned import OPTION, Purpose
+from tiny_model import tiny_model
 
 VP = fs.process.vp_linear()
 RATIOS = [120.0, 6.0, 0.9, 0.0]
@@ -34,19 +34,13 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str, width: int = 300) -> int:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     """A folder with an untrained class-conditional model, and a plan tuned to it."""
-    config = ModelConfig(
-        network=UNetConfig(
-            in_channels=1, channels=(8,), blocks=1, attention=(), num_classes=3, groups=4
-        ),
-        process=VP.to_dict(),
+    model = tiny_model(
         shape=(1, 4, 8),
-        class_names=("ant", "bee", "cat"),
-        name="tiny",
         recommended={"steps": 3},
         training={"step": 1200, "images_seen": 76800, "data": {"source": "insects.npz"}},
     )
     folder = tmp_path / "tiny"
-    Model(config.build_network(), config).save(folder)
+    model.save(folder)
     keep(folder, "tuned-3.json", PURPOSE)
     return folder
 

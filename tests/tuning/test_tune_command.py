@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import fewstep as fs
 from fewstep.cli import main
 from fewstep.data import read_metadata
-from fewstep.models import Model, ModelConfig
-from fewstep.networks import UNetConfig
 from fewstep.plan import Plan
 from fewstep.tuning import Stage
+from tiny_model import tiny_model
 
 FEW = ["--steps", "2", "--iterations", "1", "--images", "3", "--held-out", "3"]
 
@@ -31,22 +29,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     """A folder with a class-conditional model of 4x4 pictures, whose network does something."""
-    config = ModelConfig(
-        network=UNetConfig(
-            in_channels=1, channels=(8,), blocks=1, attention=(), num_classes=3, groups=4
-        ),
-        process=fs.process.vp_linear().to_dict(),
-        shape=(1, 4, 4),
-        class_names=("ant", "bee", "cat"),
-        name="tiny",
-    )
-    network = config.build_network()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for weight in network.parameters():
-            weight.add_(0.05 * torch.randn(weight.shape, generator=generator))
     folder = tmp_path / "tiny"
-    Model(network, config).save(folder)
+    tiny_model().save(folder)
     return folder
 
 

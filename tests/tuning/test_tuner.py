@@ -11,12 +11,11 @@ from torch import Tensor
 
 import fewstep as fs
 from fewstep.errors import InvalidInputError
-from fewstep.models import Model, ModelConfig
-from fewstep.networks import UNetConfig
 from fewstep.plan import Plan
 from fewstep.tuned import OPTION, mismatches
 from fewstep.tuning import Stage, Tuning, tune
 from fewstep.tuning.losses import pixels, pseudo_huber
+from tiny_model import tiny_model
 
 SMALL: dict[str, Any] = {"images": 64, "held_out": 64, "iterations": 60, "batch_size": 64}
 
@@ -143,15 +142,7 @@ def test_what_the_listener_raises_ends_it_and_the_best_so_far_is_known():
 @pytest.mark.global_rng  # a network is made with weights of torch's
 @pytest.mark.parametrize("predicts", ["noise", "data", "velocity", "flow"])
 def test_a_model_with_classes_is_tuned_for_a_guidance(predicts):
-    config = ModelConfig(
-        network=UNetConfig(in_channels=1, channels=(8,), blocks=1, num_classes=3, groups=4),
-        process=fs.process.vp_linear().to_dict(),
-        shape=(1, 4, 4),
-        class_names=("ant", "bee", "cat"),
-        predicts=predicts,
-        name="tiny",
-    )
-    model = Model(config.build_network(), config)
+    model = tiny_model(predicts=predicts)
     few: dict[str, Any] = {"images": 3, "held_out": 3, "iterations": 1, "batch_size": 3}
     tuned = tune(model, 2, guidance=2.0, **few)
     assert tuned.error <= tuned.start_error
