@@ -19,6 +19,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
+import shlex
+import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -32,7 +34,7 @@ import problems
 from contest import Contest
 from problems import Problem
 from store import Results
-from tuning_page import CALLS, FLOOR, TUNED, page, plot
+from tuning_page import CALLS, FLOOR, PROBLEMS, TUNED, keep_command, page, plot
 from untuned import OURS, PEERS, Recipe, Trial, ours, plan_trial, theirs
 
 SIDES = {OURS: ours, PEERS: theirs}
@@ -284,6 +286,14 @@ def _problems(given: argparse.Namespace) -> Iterator[Problem]:
             yield {"exact": problems.exact, "digits": problems.digits}[name]()
 
 
+def _command(given: argparse.Namespace) -> str:
+    """The command as anybody can give it."""
+    placeholders = {str(given.cifar): "RUN_FOLDER", str(given.cifar_data): "FILE.npz"}
+    return shlex.join(
+        ["python", "bench/tuning.py", *(placeholders.get(w, w) for w in sys.argv[1:])]
+    )
+
+
 def _sizes(given: argparse.Namespace, default: Sizes) -> Sizes:
     chosen = {name: getattr(given, name) for name in vars(default)}
     chosen = {name: value for name, value in chosen.items() if value is not None}
@@ -304,8 +314,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    names = ("exact", "digits", "cifar")
-    parser.add_argument("--problem", action="append", choices=names, help="what to measure on")
+    parser.add_argument("--problem", action="append", choices=PROBLEMS, help="what to measure on")
     parser.add_argument("--cifar", type=Path, help="folder of a `fewstep train` run on CIFAR-10")
     parser.add_argument("--cifar-data", type=Path, help="images and labels as .npz")
     parser.add_argument("--plans", type=Path, help="folder of the tuned plans, NAME-CALLS.json")
@@ -344,6 +353,7 @@ def main() -> None:
         else:
             bench.screen()
         bench.show(plans, given.calls)
+        keep_command(given.cache, problem.name, _command(given))
     text = page(given.cache)
     print(text.split("<details>")[0])
     if given.out:

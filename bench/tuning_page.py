@@ -14,12 +14,7 @@ from untuned import OURS, PEERS
 
 CALLS = tuple(range(3, 21))
 TUNED, FLOOR = "tuned", "converged"
-COMMANDS = {
-    "exact": "--problem exact",
-    "digits": "--problem digits",
-    "cifar": "--problem cifar --cifar RUN_FOLDER --cifar-data FILE.npz",
-}
-"""What measures each problem."""
+PROBLEMS = ("exact", "digits", "cifar")
 
 FEW, MANY = 5, 12
 """The target: so many tuned calls are at least as near as so many of the peer's best setting."""
@@ -63,7 +58,7 @@ def best(rows: Mapping[str, Mapping[str, Any]], measure: str) -> Best:
 
 def stored(folder: Path) -> dict[str, dict[str, Any]]:
     """What was measured, by problem."""
-    paths = {name: folder / f"{name}.json" for name in COMMANDS}
+    paths = {name: folder / f"{name}.json" for name in PROBLEMS}
     return {
         name: json.loads(path.read_text(encoding="utf-8"))
         for name, path in paths.items()
@@ -74,11 +69,10 @@ def stored(folder: Path) -> dict[str, dict[str, Any]]:
 def page(folder: Path) -> str:
     """All that was measured, as a document."""
     contents = stored(folder)
-    command = " ".join(["python bench/tuning.py", *(COMMANDS[name] for name in contents)])
     lines = [
         *header(
             "Tuned plans against every untuned setting",
-            command,
+            "python bench/tuning.py",
             ("torch", "diffusers", "scikit-learn"),
         ),
         "Each row is a number of network calls. Untuned are all samplers of ours that need no trained companion, on "
@@ -91,14 +85,25 @@ def page(folder: Path) -> str:
         "",
     ]
     for name, content in contents.items():
-        lines += _section(name, content)
+        lines += _section(name, content, command_of(folder, name))
     return "\n".join(lines)
 
 
-def _section(name: str, content: Mapping[str, Any]) -> list[str]:
+def keep_command(folder: Path, name: str, command: str) -> None:
+    """Keep the command that measured a problem, for the page."""
+    (folder / f"{name}.command").write_text(command, encoding="utf-8")
+
+
+def command_of(folder: Path, name: str) -> str:
+    """The command that measured a problem."""
+    path = folder / f"{name}.command"
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+def _section(name: str, content: Mapping[str, Any], command: str) -> list[str]:
     rows, facts = content["results"], content["conditions"]
     counts = {"rmse": facts["images"], "distance": facts["distance_images"]}
-    lines = [f"## {name}", "", facts["about"], ""]
+    lines = [f"## {name}", "", facts["about"], "", f"`{command}`", ""]
     for measure, title in TITLES.items():
         found = best(rows, measure)
         floor = rows[FLOOR]["distance"] if measure == "distance" and FLOOR in rows else None

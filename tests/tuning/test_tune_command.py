@@ -97,12 +97,12 @@ def test_ctrl_c_writes_the_best_so_far_and_a_second_run_goes_on(
 ):
     real = fs.tune
 
-    def stopped_at(name: str):
+    def stopped_at(name: str, how: BaseException):
         def interrupted(*arguments, on_stage, **options):
             def listen(stage: Stage) -> None:
                 on_stage(stage)
                 if stage.name == name:
-                    raise KeyboardInterrupt
+                    raise how
 
             return real(*arguments, on_stage=listen, **options)
 
@@ -110,10 +110,15 @@ def test_ctrl_c_writes_the_best_so_far_and_a_second_run_goes_on(
 
     file = tmp_path / "new" / "plan.json"
     words = ["tune", str(tiny), *FEW, "--out", str(file)]
-    monkeypatch.setattr("fewstep.tuning.tune", stopped_at("converged results"))
+    monkeypatch.setattr(
+        "fewstep.tuning.tune", stopped_at("converged results", KeyboardInterrupt())
+    )
     assert run(monkeypatch, *words) == 130
     assert "nothing is written" in capsys.readouterr().err and not file.exists()
-    monkeypatch.setattr("fewstep.tuning.tune", stopped_at("search"))
+    monkeypatch.setattr("fewstep.tuning.tune", stopped_at("search", SystemExit(137)))
+    assert run(monkeypatch, *words) == 137  # as if killed: what was found is on disk
+    assert Plan.from_json(file).calls == 2
+    monkeypatch.setattr("fewstep.tuning.tune", stopped_at("search", KeyboardInterrupt()))
     assert run(monkeypatch, *words) == 130
     assert "the best plan so far is written" in capsys.readouterr().out
     before = Plan.from_json(file).options["tuned_for"]["error"]

@@ -66,7 +66,7 @@ def tune(
     ] = "ema",
     device: Annotated[str, typer.Option(help="cpu, cuda, mps...")] = "cpu",
 ) -> None:
-    """Tune a plan of a few network calls to a model. Ctrl-C keeps the best so far; started again, it goes on."""
+    """Tune a plan of a few network calls to a model. The best so far is always on disk; started again, it goes on."""
     from fewstep.tuned import plan_file
     from fewstep.tuning import tune as find
 
@@ -74,12 +74,14 @@ def tune(
     file = plan_file(trained, steps, guidance) if out is None else out
     before = _before(file, trained, guidance)
     _make_room(file)
-    latest: list[Stage] = []
+    kept: list[Tuning] = []
     try:
         with _progress() as show:
 
             def on_stage(stage: Stage) -> None:
-                latest[:] = [stage]
+                if stage.best is not None and stage.best not in kept:
+                    _write(stage.best.plan, file)  # so that a kill loses nothing
+                    kept[:] = [stage.best]
                 show(stage)
 
             tuned = find(
@@ -97,12 +99,10 @@ def tune(
                 on_stage=on_stage,
             )
     except KeyboardInterrupt:
-        best = latest[0].best if latest else None
-        if best is None:
-            typer.echo("Stopped before there was any plan; nothing is written.", err=True)
+        if kept:
+            typer.echo(f"Stopped; the best plan so far is written. {kept[0]}: {file}")
         else:
-            _write(best.plan, file)
-            typer.echo(f"Stopped; the best plan so far is written. {best}: {file}")
+            typer.echo("Stopped before there was any plan; nothing is written.", err=True)
         raise typer.Exit(INTERRUPTED) from None
     _write(tuned.plan, file)
     _tell(tuned, file, model, guidance, found_by_itself=out is None)
