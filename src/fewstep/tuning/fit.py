@@ -50,6 +50,9 @@ TRIES = 5
 SLOW, PATIENCE = 0.99, 3
 """Iterations that lower the loss to no less than this share of it, in a row, before derivatives are worked out anew."""
 
+WORTH = 0.97
+"""What the loss must come down to, as a share, with one set of derivatives for another set to be worked out."""
+
 SOFTENING = 0.5
 """Share of the start's typical loss from which a picture counts for less."""
 
@@ -270,7 +273,7 @@ def fit(
             raise NonFiniteError(
                 f"the loss is not finite however little the plan is changed from one with a loss of {_size(here):g}"
             )
-        if _size(here) > SLOW * before:
+        if _size(here) > WORTH * before:
             return
 
 
