@@ -257,7 +257,6 @@ def test_sample_takes_the_tuned_plan_by_itself(folder):
         ({"steps": 3, "sampler_options": {}}, "tuned"),
         ({"steps": 3, "sampler": "ddim", "scheduler": "karras"}, "ddim/karras"),
     ],
-    ids=str,
 )
 def test_when_the_tuned_plan_is_taken(folder, options, expected):
     put(folder, made())
