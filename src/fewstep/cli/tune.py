@@ -114,11 +114,12 @@ def _loss(name: str, model: Model) -> Loss:
     Raises:
         InvalidInputError: If there are no features for the model's pictures.
     """
-    from fewstep.metrics import digit_features, load_classifier
-    from fewstep.networks.classifier import IMAGE_SIZE
     from fewstep.tuning import features, pixels, pseudo_huber
 
     if name == "features":
+        from fewstep.metrics import digit_features, load_classifier
+        from fewstep.networks.classifier import IMAGE_SIZE
+
         if model.shape != (1, IMAGE_SIZE, IMAGE_SIZE):
             raise InvalidInputError(
                 f"--loss features knows features of digits of 1x{IMAGE_SIZE}x{IMAGE_SIZE}, and not of pictures of "

@@ -244,12 +244,13 @@ def fit(
     typical = typical_loss(numbers.table(vector), batches, loss) if soften else 0.0
     width = SOFTENING * typical or math.inf
     problem = Problem(numbers, batches, loss, width, on_share)
-    here = there = problem.residuals(vector)
-    first, damping = _size(here), DAMPING
+    here = problem.residuals(vector)
+    first = size = reached = _size(here)
+    damping = DAMPING
     if not math.isfinite(first):
         raise NonFiniteError(f"the loss of {start.grid} is not finite before any fit")
     while True:
-        before = _size(here)
+        before = size
         jacobian, failed, slow = problem.jacobian(vector), 0, 0
         if not jacobian.any():
             return
@@ -257,23 +258,24 @@ def fit(
             move = _move(jacobian, here, damping)
             tried = numbers.held(vector + numbers.moves * move)
             there = problem.residuals(tried)
-            hoped = _size(here) - _size(here + torch.from_numpy(move).to(here) @ jacobian)
-            kept = (_size(here) - _size(there)) / hoped if hoped > 0 else -math.inf
+            reached = _size(there)
+            hoped = size - _size(here + torch.from_numpy(move).to(here) @ jacobian)
+            kept = (size - reached) / hoped if hoped > 0 else -math.inf
             damping *= 1 / EASE if kept > GOOD else 1 if kept > POOR else RETREAT
             _correct(jacobian, (tried - vector) / numbers.moves, there - here)
             if kept <= 0:
                 failed += 1
                 continue
-            slow = slow + 1 if _size(there) > SLOW * _size(here) else 0
-            vector, here, failed = tried, there, 0
+            slow = slow + 1 if reached > SLOW * size else 0
+            vector, here, size, failed = tried, there, reached, 0
             yield numbers.table(vector)
-            if _size(here) < EXACT * first:
+            if size < EXACT * first:
                 return
-        if not math.isfinite(_size(there)):
+        if not math.isfinite(reached):
             raise NonFiniteError(
-                f"the loss is not finite however little the plan is changed from one with a loss of {_size(here):g}"
+                f"the loss is not finite however little the plan is changed from one with a loss of {size:g}"
             )
-        if _size(here) > WORTH * before:
+        if size > WORTH * before:
             return
 
 

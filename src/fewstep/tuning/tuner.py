@@ -119,9 +119,9 @@ def tune(
 ) -> Tuning:
     """Find a plan of a few network calls whose results are as near as possible to the converged ones of the same noise.
 
-    First the best of the usual plans is looked up; then levels are chosen by dynamic programming on recorded paths;
-    then all numbers of the plan are fitted together by least squares. The best on held-out noise is returned, so the
-    result is never worse there than the usual plans. No gradients of the network are needed.
+    First the best of the usual plans is looked up; then levels are searched, see `fewstep.tuning.search`; then all
+    numbers of the plan are fitted together by least squares. The best on held-out noise is returned, so the result is
+    never worse there than the usual plans. No gradients of the network are needed.
 
     Args:
         model: A loaded model, or any denoiser. A model with classes is tuned on all of them alike; conditions that a
@@ -129,7 +129,7 @@ def tune(
         steps: Network calls of the plan, 2 or more.
         shape: Shape of one picture, where the model does not know it.
         guidance: Classifier-free guidance that the plan is meant for; 1 is off.
-        method: "learn", or "search" for dynamic programming alone, which changes nothing but levels.
+        method: "learn", or "search" to end after the searches, which change nothing but levels.
         start: A plan of as many calls to go on from, such as an earlier result.
         images: Pictures that the plan is fitted on.
         held_out: Other pictures, on which plans are compared.
@@ -147,8 +147,7 @@ def tune(
         InvalidInputError: If a number is out of range, the shape is missing, or the start does not fit.
         NonFiniteError: If the model gives a NaN or infinity without any tuning.
 
-    Source: of the search, Chen et al. 2024, arXiv 2405.11326; of plans with all numbers free, Shaul et al. 2024,
-    arXiv 2403.01329.
+    Source: of plans with all numbers free, Shaul et al. 2024, arXiv 2403.01329; the searches name their own.
 
     >>> import fewstep as fs
     >>> centres = torch.tensor([[-1.0, 0.5], [0.5, 1.0]])
@@ -260,7 +259,7 @@ class _Contest:
 
 
 def _search(contest: _Contest, train: Lesson, steps: int) -> None:
-    """Enter plans whose levels are chosen on recorded paths: all with one sampler, the best with the others too."""
+    """Enter plans on the levels that the searches find: all with one sampler, the best with the others too."""
     grids = list(searched_grids(train, steps))
     usual = contest.best.start.partition("/")[0]
     first = usual if usual in BASES else BASES[0]
