@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,34 +11,16 @@ import torch
 from PIL import Image
 
 import fewstep as fs
-from fewstep.cli import main
+from command_line import run
 from fewstep.data import read_metadata
-from fewstep.models import Model, ModelConfig
-from fewstep.networks import UNetConfig
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    """Run `fewstep words...` and return its exit status."""
-    monkeypatch.setattr(sys, "argv", ["fewstep", *words])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    return int(stop.value.code or 0)
+from tiny_model import tiny_model
 
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A folder with an untrained class-conditional model of 8x8 pictures."""
-    config = ModelConfig(
-        network=UNetConfig(
-            in_channels=1, channels=(16,), blocks=1, attention=(), num_classes=3, groups=4
-        ),
-        process=fs.process.vp_linear().to_dict(),
-        shape=(1, 8, 8),
-        class_names=("ant", "bee", "cat"),
-        name="tiny",
-    )
+    """A folder with a class-conditional model of 8x8 pictures."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
-    Model(config.build_network(), config).save(folder)
+    tiny_model(shape=(1, 8, 8)).save(folder)
     return str(folder)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import pytest
 
 import fewstep as fs
-from fewstep.cli import main
+from command_line import run
 from fewstep.data import read_metadata
 from fewstep.models import Model
 from fewstep.tuned import OPTION, Purpose
@@ -22,13 +21,10 @@ RATIOS = [120.0, 6.0, 0.9, 0.0]
 PURPOSE = Purpose("tiny", 1.0, "search", 0.1, "ddim/simple-3", 0.25)
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *words: str, width: int = 300) -> int:
-    """Run `fewstep words...` on a terminal of so many columns and return its exit status."""
-    monkeypatch.setenv("COLUMNS", str(width))
-    monkeypatch.setattr(sys, "argv", ["fewstep", *words])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    return int(stop.value.code or 0)
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal so wide that no table is folded."""
+    monkeypatch.setenv("COLUMNS", "300")
 
 
 @pytest.fixture
@@ -128,7 +124,8 @@ def test_info_tells_everything(tiny, monkeypatch, capsys):
 
 
 def test_nothing_is_cut_off_on_a_narrow_terminal(tiny, monkeypatch, capsys):
-    assert run(monkeypatch, "info", str(tiny), width=80) == 0
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(monkeypatch, "info", str(tiny)) == 0
     told = capsys.readouterr().out
     tables = [line for line in told.splitlines() if line[0] in "│┃┌┏└"]
     assert "…" not in told and max(map(len, tables)) <= 80

@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import fewstep as fs
-from fewstep.cli import main
+from command_line import run
 from fewstep.data import read_metadata
 from fewstep.plan import Plan
 from fewstep.tuning import Stage
 from tiny_model import tiny_model
 
 FEW = ["--steps", "2", "--iterations", "1", "--images", "3", "--held-out", "3"]
-
-
-def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
-    """Run `fewstep words...` and return its exit status."""
-    monkeypatch.setattr(sys, "argv", ["fewstep", *words])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    return int(stop.value.code or 0)
 
 
 @pytest.fixture
