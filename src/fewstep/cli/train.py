@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
 from fewstep.errors import InvalidInputError
 from fewstep.training.config import TrainingConfig
+from fewstep.training.settings import settings_of
 
 if TYPE_CHECKING:
     from fewstep.training import Step, Trainer
@@ -26,82 +29,52 @@ PLAIN_LINE_SECONDS = 10.0
 OVERFIT_STEPS = 200
 OVERFIT_FALL = 0.5
 
+JSON_SETTINGS = {"network_options": "{}", "process": "vp_linear"}
+"""Settings that are typed as JSON, with their defaults; for the process a name will do."""
 
+
+def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command an option for every setting of a training run, made from what the setting says of itself."""
+    kinds, settings = get_type_hints(TrainingConfig), settings_of(TrainingConfig)
+    parameters = []
+    for field in dataclasses.fields(TrainingConfig):
+        setting, kind, default = settings[field.name], kinds[field.name], field.default
+        if field.name in JSON_SETTINGS:
+            kind, default = str, JSON_SETTINGS[field.name]
+        if default is dataclasses.MISSING:
+            declared = typer.Argument(help=setting.help)
+            default = inspect.Parameter.empty
+        else:
+            # One flag for a bool that is off by default; a value for everything else.
+            flags = [_flag(field.name)] if default is False else []
+            declared = typer.Option(*flags, help=setting.help, rich_help_panel=setting.group)
+        parameters.append(
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=default,
+                annotation=Annotated[kind, declared],
+            )
+        )
+    own = [
+        p
+        for p in inspect.signature(command, eval_str=True).parameters.values()
+        if p.kind != p.VAR_KEYWORD
+    ]
+    command.__signature__ = inspect.Signature([*parameters, *own])  # pyright: ignore[reportFunctionMemberAccess]
+    return command
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+@_with_settings
 def train(
-    data: Annotated[
-        str,
-        typer.Argument(
-            help="Images: a folder (sub-folders are classes), an .npz file, or a name such as "
-            "mnist-1000."
-        ),
-    ],
+    *,
     out: Annotated[
         Path, typer.Option(help="Folder of the run. If it holds a run, that run goes on.")
     ] = Path("runs/mine"),
-    size: Annotated[
-        int | None,
-        typer.Option(help="Edge of the square images in pixels; by default as they are."),
-    ] = TrainingConfig.size,
-    channels: Annotated[
-        int | None, typer.Option(help="1 (grey) or 3 (RGB); by default as they are.")
-    ] = TrainingConfig.channels,
-    network: Annotated[str, typer.Option(help="Preset of the U-Net.")] = TrainingConfig.network,
-    network_options: Annotated[
-        str,
-        typer.Option(help="What differs from the preset, as JSON: '{\"channels\": [32, 64]}'."),
-    ] = "{}",
-    process: Annotated[
-        str,
-        typer.Option(
-            help='Forward process: a name, or JSON: \'{"name": "vp_cosine", "steps": 500}\'.'
-        ),
-    ] = "vp_linear",
-    predicts: Annotated[
-        str, typer.Option(help="What the network outputs: noise, data, velocity or flow.")
-    ] = TrainingConfig.predicts,
-    steps: Annotated[
-        int, typer.Option(help="Updates of the weights in all.")
-    ] = TrainingConfig.steps,
-    batch_size: Annotated[int, typer.Option(help="Images per step.")] = TrainingConfig.batch_size,
-    learning_rate: Annotated[
-        float, typer.Option(help="Peak learning rate of AdamW.")
-    ] = TrainingConfig.learning_rate,
-    warmup_steps: Annotated[
-        int, typer.Option(help="Steps over which the learning rate rises from zero.")
-    ] = TrainingConfig.warmup_steps,
-    decay: Annotated[
-        str, typer.Option(help="Learning rate afterwards: cosine (falls to zero) or constant.")
-    ] = TrainingConfig.decay,
-    weight_decay: Annotated[
-        float, typer.Option(help="Decoupled weight decay of AdamW.")
-    ] = TrainingConfig.weight_decay,
-    gradient_clip: Annotated[
-        float, typer.Option(help="Longest gradient, as Euclidean norm; 0: no limit.")
-    ] = TrainingConfig.gradient_clip,
-    ema_decay: Annotated[
-        float, typer.Option(help="Share of the averaged weights kept in each step, below 1.")
-    ] = TrainingConfig.ema_decay,
-    label_dropout: Annotated[
-        float, typer.Option(help="Share of images shown without label, 0 to 1, for guidance.")
-    ] = TrainingConfig.label_dropout,
-    horizontal_flip: Annotated[
-        bool, typer.Option("--horizontal-flip", help="Mirror half of the images.")
-    ] = TrainingConfig.horizontal_flip,
-    precision: Annotated[
-        str, typer.Option(help="float32, bfloat16, or auto (bfloat16 where it is native).")
-    ] = TrainingConfig.precision,
-    parts: Annotated[
-        int, typer.Option(help="Parts of a batch, each with its own thread on a CPU.")
-    ] = TrainingConfig.parts,
-    seed: Annotated[
-        int, typer.Option(help="Decides every random number of the run.")
-    ] = TrainingConfig.seed,
-    checkpoint_every: Annotated[
-        int, typer.Option(help="Steps between checkpoints.")
-    ] = TrainingConfig.checkpoint_every,
-    sample_every: Annotated[
-        int, typer.Option(help="Steps between sheets of samples; 0: none.")
-    ] = TrainingConfig.sample_every,
     device: Annotated[
         str | None,
         typer.Option(help="cpu, cuda, cuda:1, ...; by default CUDA if there is any."),
@@ -114,38 +87,16 @@ def train(
             f"{OVERFIT_STEPS} steps, nothing is saved.",
         ),
     ] = False,
+    **settings: Any,
 ) -> None:
     """Train a model on images. Started again on the same folder, it goes on where it was."""
     from fewstep.training import Trainer
 
-    config = TrainingConfig(
-        data=data,
-        size=size,
-        channels=channels,
-        network=network,
-        network_options=_json_object("network-options", network_options),
-        process=_json_object("process", process) if "{" in process else {"name": process},
-        predicts=predicts,
-        steps=steps,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        warmup_steps=warmup_steps,
-        decay=decay,
-        weight_decay=weight_decay,
-        gradient_clip=gradient_clip,
-        ema_decay=ema_decay,
-        label_dropout=label_dropout,
-        horizontal_flip=horizontal_flip,
-        precision=precision,
-        parts=parts,
-        seed=seed,
-        checkpoint_every=checkpoint_every,
-        sample_every=sample_every,
-    )
+    config = TrainingConfig(**_read_settings(settings))
     trainer = Trainer(config, out, device=device, resume=not overfit)
     _introduce(trainer)
     if overfit:
-        _try_one_batch(trainer, min(steps, OVERFIT_STEPS))
+        _try_one_batch(trainer, min(config.steps, OVERFIT_STEPS))
         return
     if trainer.is_complete:
         typer.echo(
@@ -165,14 +116,24 @@ def train(
     typer.echo(f"Done. Try: fewstep sample {out} --out grid.png")
 
 
+def _read_settings(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Turn what was typed into what the settings take."""
+    process = options["process"]
+    return {
+        **options,
+        "network_options": _json_object("--network-options", options["network_options"]),
+        "process": _json_object("--process", process) if "{" in process else {"name": process},
+    }
+
+
 def _json_object(option: str, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
     except ValueError as error:
-        raise InvalidInputError(f"--{option} {text!r} is not JSON: {error}") from error
+        raise InvalidInputError(f"{option} {text!r} is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise InvalidInputError(
-            f"--{option} {text!r} is not a JSON object; give names and values, such as '{{\"name\": 1}}'"
+            f"{option} {text!r} is not a JSON object; give names and values, such as '{{\"name\": 1}}'"
         )
     return value
 

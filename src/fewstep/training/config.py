@@ -3,65 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 from fewstep import process as processes
 from fewstep.errors import InvalidInputError, unknown_name
 from fewstep.networks import UNetConfig, presets
+from fewstep.training.settings import (
+    Number,
+    Numbers,
+    OneOf,
+    Setting,
+    Whole,
+    check_settings,
+    settings_of,
+)
 
 PREDICTIONS = ("noise", "data", "velocity", "flow")
 PRECISIONS = ("auto", "float32", "bfloat16")
 DECAYS = ("cosine", "constant")
 
-# What may change when a run is resumed: how long it goes on, what it writes on the way, and where the data lies,
-# for the data itself is compared.
-FREE_TO_CHANGE = frozenset({"data", "steps", "checkpoint_every", "sample_every", "log_every"})
-
-_LEAST = {
-    "batch_size": 1,
-    "steps": 1,
-    "warmup_steps": 0,
-    "parts": 1,
-    "seed": 0,
-    "checkpoint_every": 1,
-    "sample_every": 0,
-    "log_every": 1,
-}
-
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """The settings of a training run.
-
-    Args:
-        data: What `fewstep.data.load_images` takes: a folder, an ``.npz`` file, or a name.
-        size: Edge of the square images in pixels; None: as they are.
-        channels: 1 (grey) or 3 (RGB); None: as they are.
-        network: Name of a U-Net preset.
-        network_options: Fields of `UNetConfig` that differ from the preset.
-        process: The forward process as plain data, see `fewstep.process.from_dict`.
-        predicts: What the network outputs: ``"noise"``, ``"data"``, ``"velocity"`` or ``"flow"``.
-        steps: Updates of the weights in all.
-        batch_size: Images per step.
-        learning_rate: Peak step size of AdamW.
-        warmup_steps: Steps over which the learning rate rises from zero.
-        decay: After that: ``"cosine"`` falls to zero at ``steps``, ``"constant"`` stays.
-        weight_decay: Decoupled weight decay of matrices and kernels, per unit of learning rate.
-        betas: Decay of AdamW's two averages, each in [0, 1).
-        gradient_clip: Longest gradient (Euclidean norm over all weights); 0: no limit.
-        ema_decay: Weight of the old average of the weights in each step, in [0, 1).
-        label_dropout: Share of images shown without their label, in [0, 1], for guidance.
-        horizontal_flip: Whether to mirror half of the images.
-        precision: ``"float32"``, ``"bfloat16"`` (weights stay float32), or ``"auto"``: bfloat16 where the
-            processor computes in it natively.
-        parts: On a CPU the batch is cut into so many parts, each with its own thread; 1: no threads of our own.
-        seed: Decides the initial weights and every random number of every step.
-        checkpoint_every: Steps between checkpoints.
-        sample_every: Steps between sheets of samples; 0: none.
-        log_every: Steps between lines of the log.
+    """The settings of a training run; each field says what it means and what it may be.
 
     Raises:
         InvalidInputError: A value is out of range; the message says which and what is allowed.
@@ -71,54 +37,124 @@ class TrainingConfig:
     True
     """
 
-    data: str
-    size: int | None = None
-    channels: int | None = None
-    network: str = "small"
-    network_options: Mapping[str, Any] = field(default_factory=dict)
-    process: Mapping[str, Any] = field(default_factory=lambda: {"name": "vp_linear"})
-    predicts: str = "noise"
-    steps: int = 10_000
-    batch_size: int = 128
-    learning_rate: float = 5e-4
-    warmup_steps: int = 200
-    decay: str = "cosine"
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.99)
-    gradient_clip: float = 1.0
-    ema_decay: float = 0.999
-    label_dropout: float = 0.1
-    horizontal_flip: bool = False
-    precision: str = "auto"
-    parts: int = 2
-    seed: int = 0
-    checkpoint_every: int = 500
-    sample_every: int = 1000
-    log_every: int = 20
+    data: Annotated[
+        str,
+        Setting(
+            "Images: a folder (sub-folders are classes), an .npz file, or a name such as mnist-1000.",
+            group="Images",
+            decides=False,  # the images themselves are compared
+        ),
+    ]
+    size: Annotated[
+        int | None,
+        Setting(
+            "Edge of the square images in pixels; by default as they are.", Whole(1), "Images"
+        ),
+    ] = None
+    channels: Annotated[
+        int | None, Setting("1 (grey) or 3 (RGB); by default as they are.", Whole(1), "Images")
+    ] = None
+    horizontal_flip: Annotated[bool, Setting("Mirror half of the images.", group="Images")] = False
+    label_dropout: Annotated[
+        float,
+        Setting(
+            "Share of images shown without label, 0 to 1, for guidance.",
+            Number(0, 1, open_high=False),
+            "Images",
+        ),
+    ] = 0.1
+    network: Annotated[
+        str, Setting("Preset of the network.", OneOf(tuple(presets())), "Network")
+    ] = "small"
+    network_options: Annotated[
+        Mapping[str, Any],
+        Setting(
+            "What differs from the preset, as JSON: '{\"channels\": [32, 64]}'.", group="Network"
+        ),
+    ] = field(default_factory=dict)
+    process: Annotated[
+        Mapping[str, Any],
+        Setting(
+            'Forward process: a name, or JSON: \'{"name": "vp_cosine", "steps": 500}\'.',
+            group="Objective",
+        ),
+    ] = field(default_factory=lambda: {"name": "vp_linear"})
+    predicts: Annotated[
+        str,
+        Setting(
+            "What the network outputs: noise, data, velocity or flow.",
+            OneOf(PREDICTIONS),
+            "Objective",
+        ),
+    ] = "noise"
+    steps: Annotated[
+        int, Setting("Updates of the weights in all.", Whole(1), "Weights", decides=False)
+    ] = 10_000
+    batch_size: Annotated[int, Setting("Images per step.", Whole(1), "Weights")] = 128
+    learning_rate: Annotated[
+        float, Setting("Peak learning rate of AdamW.", Number(0, open_low=True), "Weights")
+    ] = 5e-4
+    warmup_steps: Annotated[
+        int,
+        Setting("Steps over which the learning rate rises from zero.", Whole(0), "Weights"),
+    ] = 200
+    decay: Annotated[
+        str,
+        Setting(
+            "Learning rate afterwards: cosine (falls to zero) or constant.",
+            OneOf(DECAYS),
+            "Weights",
+        ),
+    ] = "cosine"
+    weight_decay: Annotated[
+        float,
+        Setting(
+            "Decoupled weight decay of AdamW, of matrices and kernels alone.", Number(0), "Weights"
+        ),
+    ] = 0.01
+    betas: Annotated[
+        tuple[float, float],
+        Setting(
+            "Decay of AdamW's averages of gradient and squared gradient.",
+            Numbers(2, Number(0, 1)),
+            "Weights",
+        ),
+    ] = (0.9, 0.99)
+    gradient_clip: Annotated[
+        float,
+        Setting("Longest gradient, as Euclidean norm; 0: no limit.", Number(0), "Weights"),
+    ] = 1.0
+    ema_decay: Annotated[
+        float,
+        Setting(
+            "Share of the averaged weights kept in each step, below 1.", Number(0, 1), "Weights"
+        ),
+    ] = 0.999
+    precision: Annotated[
+        str,
+        Setting(
+            "float32, bfloat16 (weights stay float32), or auto (bfloat16 where it is native).",
+            OneOf(PRECISIONS),
+            "Speed",
+        ),
+    ] = "auto"
+    parts: Annotated[
+        int, Setting("Parts of a batch, each with its own thread on a CPU.", Whole(1), "Speed")
+    ] = 2
+    seed: Annotated[int, Setting("Decides every random number of the run.", Whole(0))] = 0
+    checkpoint_every: Annotated[
+        int, Setting("Steps between checkpoints.", Whole(1), decides=False)
+    ] = 500
+    sample_every: Annotated[
+        int, Setting("Steps between sheets of samples; 0: none.", Whole(0), decides=False)
+    ] = 1000
+    log_every: Annotated[
+        int, Setting("Steps between lines of the log.", Whole(1), decides=False)
+    ] = 20
 
     def __post_init__(self) -> None:
         """Check every value; bring process and betas into their full form."""
-        for name, least in _LEAST.items():
-            _require_whole(name, getattr(self, name), least)
-        for name, known in (
-            ("network", presets()),
-            ("predicts", PREDICTIONS),
-            ("precision", PRECISIONS),
-            ("decay", DECAYS),
-        ):
-            if getattr(self, name) not in known:
-                raise unknown_name(name, getattr(self, name), known)
-        _require("learning_rate", self.learning_rate, 0, math.inf, open_low=True)
-        _require("weight_decay", self.weight_decay, 0, math.inf)
-        _require("gradient_clip", self.gradient_clip, 0, math.inf)
-        _require("ema_decay", self.ema_decay, 0, 1)
-        _require("label_dropout", self.label_dropout, 0, 1, closed_high=True)
-        if not isinstance(self.betas, list | tuple) or len(self.betas) != 2:
-            raise InvalidInputError(
-                f"betas = {self.betas!r} is not allowed; give two numbers in [0, 1)"
-            )
-        for beta in self.betas:
-            _require("betas", beta, 0, 1)
+        check_settings(self)
         object.__setattr__(self, "betas", tuple(self.betas))
         object.__setattr__(self, "process", processes.from_dict(self.process).to_dict())
         self.network_config(channels=self.channels or 1, num_classes=0)
@@ -158,33 +194,10 @@ class TrainingConfig:
 
     def differences(self, other: TrainingConfig) -> list[str]:
         """Return a line for each setting that decides the weights and differs: name, own value, other value."""
+        settings = settings_of(TrainingConfig)
         mine, theirs = self.to_dict(), other.to_dict()
         return [
             f"{name}: {mine[name]!r}, not {theirs[name]!r}"
             for name in mine
-            if name not in FREE_TO_CHANGE and mine[name] != theirs[name]
+            if settings[name].decides and mine[name] != theirs[name]
         ]
-
-
-def _require_whole(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise InvalidInputError(
-            f"{name} = {value!r} is not allowed; give a whole number of at least {least}"
-        )
-
-
-def _require(
-    name: str,
-    value: object,
-    low: float,
-    high: float,
-    *,
-    open_low: bool = False,
-    closed_high: bool = False,
-) -> None:
-    number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-    above = number > low if open_low else number >= low
-    if above and (number <= high if closed_high else number < high) and math.isfinite(number):
-        return
-    interval = f"{'(' if open_low else '['}{low:g}, {high:g}{']' if closed_high else ')'}"
-    raise InvalidInputError(f"{name} = {value!r} is not allowed; give a number in {interval}")
