@@ -45,7 +45,8 @@ clean:
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-# The tests compare with one file of k-diffusion, which needs none of what the package asks for.
+# The tests compare with one file of k-diffusion and the network of denoising-diffusion-pytorch, which need none of
+# what these packages ask for beyond the tools.
 # The stamps make the installation run again only when what it depends on has changed.
 $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 	@echo 'Installing Fewstep into $(VENV) (a minute or two the first time)'
@@ -55,5 +56,6 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/installed-dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo 'Installing Fewstep and its tools into $(VENV) (a minute or two the first time)'
 	$(PIP_INSTALL) '.[dev]'
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt k-diffusion
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
+		k-diffusion denoising-diffusion-pytorch
 	touch $@ $(VENV)/installed
