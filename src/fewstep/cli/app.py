@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fewstep import __version__
+from fewstep.cli.average import average
 from fewstep.cli.demo import demo
 from fewstep.cli.doctor import doctor
 from fewstep.cli.export import export
@@ -42,5 +43,17 @@ def _root(
     """Options before the command."""
 
 
-for command in (sample, train, tune, info, export, statistics, demo, samplers, schedulers, doctor):
+for command in (
+    sample,
+    train,
+    average,
+    tune,
+    info,
+    export,
+    statistics,
+    demo,
+    samplers,
+    schedulers,
+    doctor,
+):
     app.command()(command)

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from fewstep.data import ImageSet
-from fewstep.process import Process
 from fewstep.training.config import TrainingConfig
-from fewstep.training.objective import drop_labels, uniform_times
+from fewstep.training.objective import Objective, drop_labels
 from fewstep.training.randomness import BatchOrder, generator
 
 
@@ -43,15 +42,15 @@ class Batches:
 
     Args:
         images: The data, held as bytes.
-        process: Its training times are drawn from.
+        objective: Says how times are drawn.
         config: The settings.
         device: Where the images and the noise go; times stay on the CPU.
     """
 
     def __init__(
-        self, images: ImageSet, process: Process, config: TrainingConfig, device: torch.device
+        self, images: ImageSet, objective: Objective, config: TrainingConfig, device: torch.device
     ) -> None:
-        self.images, self.process, self.config, self.device = images, process, config, device
+        self.images, self.objective, self.config, self.device = images, objective, config, device
         self._order = BatchOrder(len(images), config.batch_size, config.seed)
 
     def __getitem__(self, step: int) -> Batch:
@@ -70,7 +69,7 @@ class Batches:
                 labels, config.label_dropout, self.images.num_classes, random("label dropout")
             ).to(self.device)
         noise = torch.randn(x0.shape, generator=random("noise"))
-        t = uniform_times(self.process, len(x0), random("times"))
+        t = self.objective.draw_times(len(x0), random("times"))
         order = torch.channels_last
         return Batch(
             x0.to(self.device, memory_format=order),

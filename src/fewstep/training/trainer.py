@@ -23,7 +23,7 @@ from fewstep.training.config import TrainingConfig
 from fewstep.training.facts import Step, Window
 from fewstep.training.gradients import Gradients
 from fewstep.training.log import Log
-from fewstep.training.objective import pixelwise_loss, prediction_loss
+from fewstep.training.objective import pixelwise_loss
 from fewstep.training.precision import autocast, compute_type
 from fewstep.training.preparation import (
     check_for_training,
@@ -114,8 +114,9 @@ class Trainer:
         self.findings = check_for_training(self.images)
         self.device = usable_device(device)
         self.process = processes.from_dict(config.process)
+        self.objective = config.objective()
         self.pixelwise_loss = pixelwise_loss(
-            self.process, pixel_variance(self.images), config.predicts
+            self.process, pixel_variance(self.images), objective=self.objective
         )
         self._data = describe(self.images)
         self._log = Log(self.folder / LOG_FILE)
@@ -123,7 +124,7 @@ class Trainer:
         self.model = fit_model(config, self.images, self.folder.resolve().name)
         self.state = (self._restored() if resume else None) or self._new_state(self.model)
         self._has_dropout = _has_dropout(self.state.network)
-        self._batches = Batches(self.images, self.process, config, self.device)
+        self._batches = Batches(self.images, self.objective, config, self.device)
         self._gradients = Gradients(
             self.state.network,
             self._loss,
@@ -238,15 +239,7 @@ class Trainer:
     def _loss(self, batch: Batch) -> Tensor:
         conditions = {} if batch.labels is None else {"labels": batch.labels}
         with autocast(self.config.precision, self.device):
-            return prediction_loss(
-                self.state.network,
-                self.process,
-                batch.x0,
-                batch.noise,
-                batch.t,
-                self.config.predicts,
-                **conditions,
-            )
+            return self.objective(self.state.network, batch.x0, batch.noise, batch.t, **conditions)
 
     def _prepare_folder(self) -> None:
         remove_leftovers(self.folder / CHECKPOINTS)
