@@ -157,9 +157,9 @@ def test_integrals_over_log_snr_do_not_depend_on_how_times_are_drawn(process, we
 def test_the_sigmoid_weight_is_an_integral():
     """On EDM's process: int sigmoid(b - 2 l) v / (v + e^-2l) e^2l e^-2l dl over l = log_snr, by the trapezium rule."""
     edm = processes.edm()
-    l = torch.linspace(-math.log(80), math.log(500), 20001, dtype=torch.float64)
-    noise_error = (2 * l).exp() * VARIANCE / (1 + (2 * l).exp() * VARIANCE)
-    expected = float(torch.trapezoid(torch.sigmoid(2 - 2 * l) * noise_error, l))
+    log_snr = torch.linspace(-math.log(80), math.log(500), 20001, dtype=torch.float64)
+    noise_error = (2 * log_snr).exp() * VARIANCE / (1 + (2 * log_snr).exp() * VARIANCE)
+    expected = float(torch.trapezoid(torch.sigmoid(2 - 2 * log_snr) * noise_error, log_snr))
     for name in ("uniform", "log_normal"):
         times = {"name": name} if name == "uniform" else {"name": name, "mean": 0, "std": 3}
         objective = Objective(edm, "edm", times, {"name": "sigmoid"})

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from fewstep.denoisers import BaseDenoiser
 from fewstep.errors import InvalidInputError
-from fewstep.process import DiscreteVP, Level, Process, posterior
+from fewstep.process import DiscreteVP, Level, Process
 from fewstep.training.randomness import generator
 from fewstep.training.variance import decoder_loss, gaussian_divergence
 
@@ -51,7 +51,7 @@ def variational_bound(
     ``L_T + sum_t (snr_s - snr_t) / 2 |x_0 - D(x_t)|^2 + L_0``, which is the sum of the divergences of
     ``q(x_s | x_t, x_0)`` from ``q(x_s | x_t, D)``, s the level before t. The levels are the whole table of a discrete
     process; for a continuous one 1000, even in log_snr, which is a bound of its own and tends to that of continuous
-    time. The noise of the decoder is that of the second step, as in DDPM.
+    time. The decoder is as wide as the noise left at the least noisy level.
 
     Args:
         model: An estimator of x_0; a variance that it learnt does not enter.
@@ -68,9 +68,10 @@ def variational_bound(
     Source: Ho, Jain, Abbeel 2020, arXiv:2006.11239, equation 5; Kingma et al. 2021, arXiv:2107.00630, equation 11.
 
     >>> import fewstep as fs
-    >>> ideal = fs.exact.GaussianMixture(torch.zeros(1, 1, 2, 2), 0.3, process=fs.process.vp_linear(steps=20))
-    >>> images = (38 * torch.randn(64, 1, 2, 2, generator=Generator().manual_seed(0))).round() / 127.5
-    >>> 6 < variational_bound(ideal, images).total < 9
+    >>> process = fs.process.vp_cosine(steps=50)
+    >>> ideal = fs.exact.GaussianMixture(torch.zeros(1, 1, 2, 2), 0.3, process=process)
+    >>> draws = 127.5 + 38 * torch.randn(64, 1, 2, 2, generator=Generator().manual_seed(0))
+    >>> 7 < variational_bound(ideal, draws.round() / 127.5 - 1).total < 8
     True
     """
     table = _rising_levels(model.process)
@@ -111,7 +112,7 @@ def _bound(
     for k in asked:
         fall = _snr(table[k - 1]) - _snr(table[k])
         divergence += fall / 2 * error(table[k])[1].cpu() * (steps / count)
-    width = math.log(posterior(table[1], table[0]).std)
+    width = math.log(table[0].ratio)
     decoder = decoder_loss(x0.double(), error(table[0])[0].double(), x0.new_tensor(width).double())
     return torch.stack([_prior(model.process, x0, table[-1]), divergence, decoder.mean().cpu()])
 
