@@ -12,7 +12,7 @@ from fewstep import process as processes
 from fewstep.denoisers.exact import GaussianMixture
 from fewstep.errors import InvalidInputError
 from fewstep.process import forward_kernel, posterior
-from fewstep.training import Objective, variational_bound
+from fewstep.training import Objective, bound, variational_bound
 from fewstep.training.variance import (
     bound_term,
     decoder_loss,
@@ -69,16 +69,31 @@ def test_the_decoder_is_the_mass_of_a_bin():
     torch.testing.assert_close(found, -(high - low).log())
 
 
-def test_the_bound_of_the_exact_denoiser_comes_down_to_the_likelihood():
+def test_the_bound_of_the_exact_denoiser_comes_down_to_the_likelihood(monkeypatch):
     """Never below it, and nearer with more steps."""
-    images = byte_images(256)
-    truth = true_bits(images)
-    gaps = [
-        variational_bound(ideal(processes.vp_cosine(steps=n)), images).total - truth
-        for n in (10, 100, 1000)
-    ]
+    images, process = byte_images(256), processes.flow(t_min=0.01)
+    gaps = []
+    for count in (100, 300, 1000):
+        monkeypatch.setattr(bound, "CONTINUOUS_LEVELS", count)
+        gaps.append(variational_bound(ideal(process), images).total - true_bits(images))
     assert gaps[0] > 2 * gaps[1] > 4 * gaps[2] > 0
-    assert gaps[2] < 0.03
+    assert gaps[2] < 0.1
+
+
+def test_the_bound_on_a_table_is_the_sum_of_its_closed_form():
+    """With error sigma^2 v / (alpha^2 v + sigma^2) in x_0 at each entry; the prior by torch's divergence."""
+    images, process = byte_images(1024), processes.vp_linear()
+    t = torch.arange(1000, dtype=torch.float64)
+    a, s = process.alpha(t), process.sigma(t)
+    error = s**2 * STD**2 / (a**2 * STD**2 + s**2)
+    steps = ((a / s).square()[:-1] - (a / s).square()[1:]) / 2 @ error[1:] / math.log(2)
+    start = torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
+    prior = kl_divergence(Normal(a[-1] * images.double(), s[-1]), Normal(*start)).mean()
+    found = variational_bound(ideal(process), images, batch_size=1024)
+    assert found.steps == pytest.approx(float(steps), rel=0.01)
+    assert found.prior == pytest.approx(float(prior) / math.log(2), rel=1e-4)
+    decoder = math.log2(255 / 2) + math.log2(2 * math.pi * math.e) / 2 + math.log2(s[0] / a[0])
+    assert found.decoder == pytest.approx(decoder, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
@@ -266,3 +267,17 @@ def test_what_says_nothing_at_pure_noise_has_no_weight_there():
 def test_a_learned_variance_needs_a_table():
     with pytest.raises(InvalidInputError, match="vp_linear"):
         Objective(processes.flow(), "flow", learned_variance=True)
+
+
+def test_the_page_of_objectives_lists_what_there_is():
+    """Name, title of a weight, options with defaults, source and summary of each entry stand in one line of a table."""
+    page = (Path(__file__).resolve().parents[2] / "docs" / "objectives.md").read_text(
+        encoding="utf-8"
+    )
+    for registry in (TIMES, WEIGHTS):
+        for entry in registry:
+            options = ", ".join(f"`{o.name}={o.default}`" for o in entry.options)
+            columns = [f"`{entry.name}`", entry.title, options, entry.paper, entry.summary]
+            if registry is TIMES:
+                del columns[1]
+            assert "| " + " | ".join(columns).replace("|  |", "| |") + " |" in page, entry.name

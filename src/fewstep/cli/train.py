@@ -47,7 +47,7 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
         if field.name in JSON_SETTINGS:
             kind, default = str, JSON_SETTINGS[field.name]
         if kind == tuple[float, ...]:  # an option that may be given several times
-            kind, default = list[float], list(default)
+            kind, default = list[float], []
         if default is dataclasses.MISSING:
             declared = typer.Argument(help=setting.help)
             default = inspect.Parameter.empty

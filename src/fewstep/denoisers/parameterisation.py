@@ -99,15 +99,16 @@ class Parameterisation:
         determinant = alpha * b - sigma * a
         return b / determinant, -sigma / determinant
 
-    def input_of(self, t: Number, alpha: Number, sigma: Number) -> tuple[Number | float, Number]:
+    def input_of(self, t: Number, alpha: Number, sigma: Number) -> tuple[Any, Any]:
         """What x is multiplied with before the network sees it, and what the network is told as time.
 
         For edm `1 / sqrt((SIGMA_DATA alpha)^2 + sigma^2)` and `ln(sigma / alpha) / 4`, else 1 and t.
         """
         if self.predicts != "edm":
             return 1.0, t
-        log = torch.log if isinstance(sigma, Tensor) else math.log
-        return ((SIGMA_DATA * alpha) ** 2 + sigma**2) ** -0.5, log(sigma / alpha) / 4
+        ratio = sigma / alpha
+        log_ratio = ratio.log() if isinstance(ratio, Tensor) else math.log(ratio)
+        return ((SIGMA_DATA * alpha) ** 2 + sigma**2) ** -0.5, log_ratio / 4
 
 
 def training_target(
