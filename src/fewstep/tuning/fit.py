@@ -23,7 +23,7 @@ from fewstep.process import Process
 from fewstep.schedulers import Grid
 from fewstep.threads import spread
 from fewstep.tuning.losses import Loss, pixels, softened
-from fewstep.tuning.table import Table
+from fewstep.tuning.table import Table, log_snr_bounds
 
 LEVEL_MOVE, START_MOVE, WEIGHT_MOVE = 0.03, 0.01, 0.03
 """How far log_snr, starts and weights are moved for a derivative.
@@ -94,8 +94,7 @@ class Numbers:
     def of(self, table: Table) -> np.ndarray:
         """The vector of a table."""
         n = self.calls
-        low, high = self.bounds
-        log_snrs = np.clip([level.log_snr for level in table.grid.levels[:n]], low, high)
+        log_snrs = table.log_snrs
         alphas, sigmas = self._shares(log_snrs)
         return np.concatenate(
             [
@@ -120,21 +119,12 @@ class Numbers:
 
     def held(self, vector: np.ndarray) -> np.ndarray:
         """The vector with its levels in range and falling."""
-        held, (low, high) = vector.copy(), self.bounds
+        held, (low, high) = vector.copy(), log_snr_bounds(self.process)
         for k in range(self.calls):
             held[k] = max(held[k], low if k == 0 else held[k - 1] + LEAST_STEP)
         for k in reversed(range(self.calls)):
             held[k] = min(held[k], high if k == self.calls - 1 else held[k + 1] - LEAST_STEP)
         return held
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """Least and largest log_snr that the network is trained on, pure noise left out."""
-        process = self.process
-        low = process.noisiest.log_snr
-        if math.isinf(low):
-            low = process.log_snr(process.table_time(process.training_steps - 2))
-        return low, process.least_noisy.log_snr
 
     def _shares(self, log_snrs: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Alpha and sigma of the calls, and of clean data."""
