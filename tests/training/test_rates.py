@@ -48,7 +48,7 @@ def test_state_follows_the_closed_forms(make_config):
     raw = [network.weight.detach().clone()]
     for _ in range(8):
         network.weight.grad = torch.tensor([[1.0, -1.0, 1.0]], dtype=torch.float64)
-        state.update()
+        state.update(torch.zeros(()))
         raw.append(network.weight.detach().clone())
 
     rates = torch.tensor([learning_rate(config, k) for k in range(8)], dtype=torch.float64)
@@ -74,7 +74,7 @@ def test_weight_decay_spares_vectors(make_config):
     state = TrainingState(network, config)
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    state.update()
+    state.update(torch.zeros(()))
     torch.testing.assert_close(network.weight, before * (1 - 0.1 * 0.5))
     assert network.bias.tolist() == [1.0, 1.0]
 
@@ -89,5 +89,5 @@ def test_long_gradients_are_shortened(make_config, clip, length):
     state.optimiser.register_step_pre_hook(
         lambda *_: seen.append(float(network.weight.grad.norm()))
     )
-    assert float(state.update()) == pytest.approx(5.0)
+    assert float(state.update(torch.zeros(()))) == pytest.approx(5.0)
     assert seen == pytest.approx([length], rel=1e-5)

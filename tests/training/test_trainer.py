@@ -143,7 +143,7 @@ def test_threads_are_given_back(images, make_config, tmp_path):
 
 def test_other_settings_are_refused_by_name(images, make_config, tmp_path):
     train(make_config(), tmp_path, images, steps=1)
-    with pytest.raises(InvalidInputError, match=r"learning_rate: 0.02, not 0.01.*another folder"):
+    with pytest.raises(InvalidInputError, match=r"learning_rate: 0.01 before, 0.02 now.*--force.*another folder"):
         train(make_config(learning_rate=0.02), tmp_path, images)
 
 

@@ -22,7 +22,7 @@ from fewstep.training.settings import (
 
 PREDICTIONS = ("noise", "data", "velocity", "flow")
 PRECISIONS = ("auto", "float32", "bfloat16")
-DECAYS = ("cosine", "constant")
+DECAYS = ("cosine", "constant", "linear", "inverse_sqrt", "cooldown", "linear_cooldown")
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,28 @@ class TrainingConfig:
     decay: Annotated[
         str,
         Setting(
-            "Learning rate afterwards: cosine (falls to zero) or constant.",
+            "Learning rate afterwards: cosine or linear (fall to zero), constant, inverse_sqrt, cooldown or "
+            "linear_cooldown (constant, then a fall to zero).",
             OneOf(DECAYS),
             "Weights",
         ),
     ] = "cosine"
+    decay_after: Annotated[
+        int,
+        Setting(
+            "Steps after which inverse_sqrt falls; 0: the warm-up's.",
+            Whole(0),
+            "Weights",
+        ),
+    ] = 0
+    cooldown_share: Annotated[
+        float,
+        Setting(
+            "Share of all steps, the last ones, in which a cooldown falls.",
+            Number(0, 1, open_low=True, open_high=False),
+            "Weights",
+        ),
+    ] = 0.2
     weight_decay: Annotated[
         float,
         Setting(
@@ -130,6 +147,13 @@ class TrainingConfig:
             "Share of the averaged weights kept in each step, below 1.", Number(0, 1), "Weights"
         ),
     ] = 0.999
+    start_from: Annotated[
+        str | None,
+        Setting(
+            "First weights: a model folder, a run or a bundled model, as far as its weights fit.",
+            group="Weights",
+        ),
+    ] = None
     precision: Annotated[
         str,
         Setting(
@@ -151,6 +175,20 @@ class TrainingConfig:
     log_every: Annotated[
         int, Setting("Steps between lines of the log.", Whole(1), decides=False)
     ] = 20
+    measure_every: Annotated[
+        int,
+        Setting(
+            "Steps between measured distances of samples to data; 0: none.",
+            Whole(0),
+            decides=False,
+        ),
+    ] = 0
+    measure_images: Annotated[
+        int, Setting("Samples for each measured distance.", Whole(2), decides=False)
+    ] = 500
+    tensorboard: Annotated[
+        bool, Setting("Write event files for TensorBoard as well.", decides=False)
+    ] = False
 
     def __post_init__(self) -> None:
         """Check every value; bring process and betas into their full form."""
@@ -193,11 +231,11 @@ class TrainingConfig:
         return cls(**settings)
 
     def differences(self, other: TrainingConfig) -> list[str]:
-        """Return a line for each setting that decides the weights and differs: name, own value, other value."""
+        """Return a line for each setting that decides the weights and differs: name, the other's value, own value."""
         settings = settings_of(TrainingConfig)
         mine, theirs = self.to_dict(), other.to_dict()
         return [
-            f"{name}: {mine[name]!r}, not {theirs[name]!r}"
+            f"{name}: {theirs[name]!r} before, {mine[name]!r} now"
             for name in mine
             if settings[name].decides and mine[name] != theirs[name]
         ]

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fewstep.checkpoints import load_tensors, save_json, save_tensors
 from fewstep.errors import CheckpointError
 from fewstep.models import CONFIG_FILE, WEIGHT_FILES, ModelConfig, fill, read_config
 from fewstep.training.config import TrainingConfig
+from fewstep.training.guard import Guard, follow
 from fewstep.training.rates import average_decay, learning_rate
 
 OPTIMISER_FILE = "optimiser.safetensors"
@@ -29,12 +29,14 @@ class TrainingState:
 
     Attributes:
         average: A second network that holds the exponential moving average of the weights.
-        step: Updates that are done.
+        step: Updates that are done, skipped ones among them.
+        guard: Skips updates that are not finite, and counts them.
     """
 
     def __init__(self, network: nn.Module, config: TrainingConfig) -> None:
         self.config = config
         self.step = 0
+        self.guard = Guard()
         self.network = network.train()
         self.average = copy.deepcopy(network).eval().requires_grad_(False)
         self._parameters = dict(network.named_parameters())
@@ -43,11 +45,21 @@ class TrainingState:
             _groups(self._parameters.values(), config.weight_decay),
             lr=config.learning_rate,
             betas=config.betas,
-            foreach=True,
+            fused=True,  # the one kind that can leave out a step without a wait for the device
         )
 
-    def update(self) -> Tensor:
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next update."""
+        return learning_rate(self.config, self.step) * self.guard.factor
+
+    def update(self, loss: Tensor) -> Tensor:
         """Apply the gradients, update the average, count the step.
+
+        Where the loss or a gradient is not finite, weights, averages and the optimiser's memory stay as they are.
+
+        Args:
+            loss: The loss that the gradients belong to, shape ().
 
         Returns:
             Euclidean norm of the gradient before clipping, shape ().
@@ -55,13 +67,15 @@ class TrainingState:
         config = self.config
         parameters: list[Tensor] = list(self._parameters.values())
         norm = nn.utils.clip_grad_norm_(parameters, config.gradient_clip or float("inf"))
+        skip = self.guard.judge(loss, norm)
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(config, self.step)
+            group["lr"] = self.learning_rate
+        self.optimiser.found_inf = skip  # pyright: ignore[reportAttributeAccessIssue]
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        move_average = get_ema_multi_avg_fn(average_decay(config.ema_decay, self.step))
-        move_average(self._averaged, parameters, self.step)
+        follow(self._averaged, parameters, 1 - average_decay(config.ema_decay, self.step), skip)
         self.step += 1
+        self.guard.end_step(self.step)
         return norm
 
     def save(self, folder: Path, model: ModelConfig) -> None:
@@ -81,7 +95,8 @@ class TrainingState:
         Raises:
             CheckpointError: The checkpoint cannot be read or does not fit.
         """
-        step = read_config(folder).training.get("step")
+        record = read_config(folder).training
+        step = record.get("step")
         if not isinstance(step, int):
             raise CheckpointError(
                 f"{folder / CONFIG_FILE} does not say after which step it was saved; it can be sampled from, "
@@ -93,6 +108,7 @@ class TrainingState:
         fill(self.network, raw, folder / WEIGHT_FILES["raw"])
         self._fill_optimiser(memory, folder / OPTIMISER_FILE)
         self.step = step
+        self.guard.load(record.get("guard", {}))
 
     def _optimiser_tensors(self) -> dict[str, Tensor]:
         return {
@@ -112,8 +128,12 @@ class TrainingState:
                     "different runs: use an earlier checkpoint"
                 )
             # In the memory order of the weights, so that every later update rounds as if nothing had happened.
-            own = torch.empty_like(parameter).copy_(value) if value.ndim else value
-            self.optimiser.state[parameter][key] = own
+            own = (
+                torch.empty_like(parameter)
+                if value.ndim
+                else torch.empty_like(value, device=parameter.device)
+            )
+            self.optimiser.state[parameter][key] = own.detach().copy_(value)
 
 
 def _groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
