@@ -78,7 +78,7 @@ def test_settings_without_data_are_refused():
 
 def test_differences_name_what_decides_the_weights_only(make_config):
     one, two = make_config(seed=1, steps=5, data="a"), make_config(seed=2, steps=9, data="b")
-    assert one.differences(two) == ["seed: 1, not 2"]
+    assert one.differences(two) == ["seed: 2 before, 1 now"]
     assert one.differences(make_config(seed=1)) == []
 
 

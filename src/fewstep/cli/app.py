@@ -12,6 +12,7 @@ from fewstep.cli.doctor import doctor
 from fewstep.cli.export import export
 from fewstep.cli.info import info
 from fewstep.cli.listing import samplers, schedulers
+from fewstep.cli.runs import runs
 from fewstep.cli.sample import sample
 from fewstep.cli.statistics import statistics
 from fewstep.cli.train import train
@@ -42,5 +43,17 @@ def _root(
     """Options before the command."""
 
 
-for command in (sample, train, tune, info, export, statistics, demo, samplers, schedulers, doctor):
+for command in (
+    sample,
+    train,
+    runs,
+    tune,
+    info,
+    export,
+    statistics,
+    demo,
+    samplers,
+    schedulers,
+    doctor,
+):
     app.command()(command)
