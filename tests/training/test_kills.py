@@ -17,11 +17,26 @@ import torch
 
 from fewstep.checkpoints import load_tensors
 from fewstep.models import checkpoints_of, load
+from fewstep.training import TrainingConfig, run
 
+TINY = {"channels": [8, 8], "blocks": 1, "attention": [], "group_width": 4, "head_width": 8}
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="Windows has no such signals")
 
+SETTINGS = {
+    "network_options": TINY,
+    "batch_size": 8,
+    "warmup_steps": 2,
+    "learning_rate": 1e-2,
+    "precision": "float32",
+    "decay": "constant",
+    "checkpoint_every": 2,
+    "sample_every": 0,
+    "log_every": 1,
+    "parts": 1,
+}
+
 CHILD = """
-import os, signal, sys, time
+import json, os, signal, sys
 import fewstep.checkpoints as checkpoints
 from fewstep.training import TrainingConfig, run
 
@@ -46,16 +61,10 @@ if place in ("save_file", "save_json", "_flush", "_rename_over"):
     setattr(checkpoints, place, dying(getattr(checkpoints, place)))
 if place == "before":
     checkpoints._rename_over = dying(checkpoints._rename_over)
-options = {"channels": [8, 8], "blocks": 1, "attention": [], "group_width": 4, "head_width": 8}
-config = TrainingConfig(
-    data=data, network_options=options, steps=steps, batch_size=8, warmup_steps=2,
-    learning_rate=0.01, precision="float32", decay="constant", checkpoint_every=2, sample_every=0,
-    log_every=1, parts=1,
-)
+config = TrainingConfig(data=data, steps=steps, **json.loads(sys.argv[5]))
 print("ready", flush=True)
 for fact in run(config, folder, device="cpu"):
     pass
-print("done", flush=True)
 """
 
 
@@ -68,6 +77,7 @@ def data(images, tmp_path) -> str:
 
 def start(data: str, folder: Path, steps: int, hook: str = "none") -> subprocess.Popen[str]:
     command = [sys.executable, "-c", CHILD, data, str(folder), str(steps), hook]
+    command.append(json.dumps(SETTINGS))
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -88,7 +98,8 @@ def assert_same_end(one: Path, two: Path) -> None:
         first, second = (load_tensors(checkpoints_of(run)[-1] / file) for run in (one, two))
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
-    logs = [[json.loads(line) for line in (f / "log.jsonl").open()] for f in (one, two)]
+    texts = [(run / "log.jsonl").read_text() for run in (one, two)]
+    logs = [[json.loads(line) for line in text.splitlines()] for text in texts]
     assert [line["step"] for line in logs[0]] == list(range(1, len(logs[1]) + 1))
     assert [line["loss"] for line in logs[0]] == [line["loss"] for line in logs[1]]
 
@@ -112,15 +123,18 @@ def kill_at_random(data: str, folder: Path, steps: int, kills: int, seed: int) -
 
 
 def finish(data: str, folder: Path, steps: int) -> None:
-    process = start(data, folder, steps)
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, f"{output}{errors}"
+    for _ in run(TrainingConfig(data=data, steps=steps, **SETTINGS), folder, device="cpu"):
+        pass
 
 
 @pytest.mark.parametrize(
     "hook",
-    ["save_file:5", "save_json:3", "_flush:8", "before:2", "_rename_over:2"],
-    ids=lambda hook: hook.replace(":", "-"),
+    [
+        pytest.param("save_file:5", id="between-two-files", marks=pytest.mark.slow),
+        pytest.param("before:2", id="before-the-rename"),
+        pytest.param("_flush:8", id="while-flushing", marks=pytest.mark.slow),
+        pytest.param("_rename_over:2", id="after-the-rename", marks=pytest.mark.slow),
+    ],
 )
 def test_kill_within_the_writing_of_a_checkpoint(data, tmp_path, hook):
     process = start(data, tmp_path / "killed", 6, hook)
