@@ -102,7 +102,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=9, help="steps to time")
     for row in rows(parser.parse_args().steps):
-        print(f"{row.name}: loop {row.own}; {row.peer}")
+        print(f"{row.figure}: {row.ours}; {row.reference}")
 
 
 if __name__ == "__main__":
