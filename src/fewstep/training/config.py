@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from fewstep import process as processes
 from fewstep.errors import InvalidInputError, unknown_name
-from fewstep.networks import UNetConfig, presets
+from fewstep.networks import NetworkConfig, presets
 from fewstep.training.settings import (
     Number,
     Numbers,
@@ -141,6 +141,14 @@ class TrainingConfig:
     parts: Annotated[
         int, Setting("Parts of a batch, each with its own thread on a CPU.", Whole(1), "Speed")
     ] = 2
+    checkpoint_activations: Annotated[
+        bool,
+        Setting(
+            "Keep less for the gradient and compute it twice: less memory, same weights, more time.",
+            group="Speed",
+            decides=False,
+        ),
+    ] = False
     seed: Annotated[int, Setting("Decides every random number of the run.", Whole(0))] = 0
     checkpoint_every: Annotated[
         int, Setting("Steps between checkpoints.", Whole(1), decides=False)
@@ -159,7 +167,7 @@ class TrainingConfig:
         object.__setattr__(self, "process", processes.from_dict(self.process).to_dict())
         self.network_config(channels=self.channels or 1, num_classes=0)
 
-    def network_config(self, channels: int, num_classes: int) -> UNetConfig:
+    def network_config(self, channels: int, num_classes: int) -> NetworkConfig:
         """Return the network for images of so many channels and classes.
 
         Processes whose time ends at 1 get ``time_scale = 1000``, for the time embedding counts in steps.
