@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import shlex
 import signal
 import sys
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from fewstep.errors import InvalidInputError
+from fewstep.cli.reading import json_object
 from fewstep.training.config import TrainingConfig
 from fewstep.training.settings import settings_of
 
@@ -121,21 +120,9 @@ def _read_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     process = options["process"]
     return {
         **options,
-        "network_options": _json_object("--network-options", options["network_options"]),
-        "process": _json_object("--process", process) if "{" in process else {"name": process},
+        "network_options": json_object("--network-options", options["network_options"]),
+        "process": json_object("--process", process) if "{" in process else {"name": process},
     }
-
-
-def _json_object(option: str, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise InvalidInputError(f"{option} {text!r} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InvalidInputError(
-            f"{option} {text!r} is not a JSON object; give names and values, such as '{{\"name\": 1}}'"
-        )
-    return value
 
 
 def _introduce(trainer: Trainer) -> None:

@@ -152,8 +152,8 @@ class _Meter:
         groups: list[tuple[str, list[str]]] = []
         for name, _ in _layers(self.network):
             path, _, index = name.partition(".")
-            edges = self._shapes[name][1:]
-            title = f"{path} {'x'.join(map(str, edges))}" if index else path
+            shape = self._shapes[name]
+            title = f"{path} {shape[1]}x{shape[2]}" if index and len(shape) == 3 else path
             if groups and groups[-1][0] == title:
                 groups[-1][1].append(name)
             else:
