@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import shlex
 import signal
 import sys
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from fewstep.errors import InvalidInputError
+from fewstep.cli.reading import json_object
 from fewstep.training.config import TrainingConfig
 from fewstep.training.settings import settings_of
 
@@ -134,24 +133,12 @@ def _read_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **options,
         **{
-            name: _json_object(_flag(name), options[name])
+            name: json_object(_flag(name), options[name])
             if "{" in options[name] + default  # where the default is a name, a name will do
             else {"name": options[name]}
             for name, default in JSON_SETTINGS.items()
         },
     }
-
-
-def _json_object(option: str, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise InvalidInputError(f"{option} {text!r} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InvalidInputError(
-            f"{option} {text!r} is not a JSON object; give names and values, such as '{{\"name\": 1}}'"
-        )
-    return value
 
 
 def _introduce(trainer: Trainer) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fewstep.data import Finding, ImageSet, check_images
 from fewstep.errors import DataError, InvalidInputError
 from fewstep.models import ModelConfig
-from fewstep.networks import UNet, UNetConfig
+from fewstep.networks import NetworkConfig, build, config_to_dict
 from fewstep.training.config import TrainingConfig
 
 
@@ -130,20 +130,24 @@ def require_same(found: Sequence[str], folder: Path) -> None:
         )
 
 
-def require_shape(old: UNetConfig, new: UNetConfig, folder: Path) -> None:
+def require_shape(old: NetworkConfig, new: NetworkConfig, folder: Path) -> None:
     """Refuse to put the weights of one network into a network of another shape.
 
     Raises:
         InvalidInputError: The shapes differ; the message says in which fields of the network.
     """
 
-    def weights(config: UNetConfig) -> dict[str, torch.Size]:
+    def weights(config: NetworkConfig) -> dict[str, torch.Size]:
         with torch.device("meta"):
-            return {name: w.shape for name, w in UNet(config).state_dict().items()}
+            return {name: w.shape for name, w in build(config).state_dict().items()}
 
     if weights(old) != weights(new):
-        before, now = old.to_dict(), new.to_dict()
-        fields = [f"{k}: {before[k]!r} before, {now[k]!r} now" for k in now if before[k] != now[k]]
+        before, now = config_to_dict(old), config_to_dict(new)
+        fields = [
+            f"{name}: {before.get(name)!r} before, {value!r} now"
+            for name, value in now.items()
+            if before.get(name) != value
+        ]
         raise InvalidInputError(
             f"the network of the run in {folder} has another shape ({'; '.join(fields)}), so not even --force can "
             f"go on with it; start anew in another folder, with --start-from {folder} for the weights that fit"

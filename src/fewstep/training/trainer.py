@@ -291,6 +291,7 @@ class Trainer:
     def _new_state(self, model: ModelConfig) -> TrainingState:
         with global_seed(seed_of(self.config.seed, "weights", 0)):
             network = model.build_network()
+        network.checkpointing = self.config.checkpoint_activations
         return TrainingState(network.to(self.device), self.config)
 
     def _first_state(self) -> TrainingState:
