@@ -34,6 +34,10 @@ class CheckpointError(FewstepError, OSError):
     """A checkpoint that cannot be read or written."""
 
 
+class WorkerError(FewstepError, RuntimeError):
+    """A run on several workers cannot go on, because another worker has ended or failed."""
+
+
 class CheckFailedError(FewstepError, AssertionError):
     """A conformance check of `fewstep.testing` found a fault."""
 

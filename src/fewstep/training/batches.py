@@ -46,12 +46,20 @@ class Batches:
         process: Its training times are drawn from.
         config: The settings.
         device: Where the images and the noise go; times stay on the CPU.
+        share: Which of so many nearly equal shares of each batch to return, as (number, count); all random numbers
+            are drawn for the whole batch, so that the shares of all workers make up the batch of a single one.
     """
 
     def __init__(
-        self, images: ImageSet, process: Process, config: TrainingConfig, device: torch.device
+        self,
+        images: ImageSet,
+        process: Process,
+        config: TrainingConfig,
+        device: torch.device,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self.images, self.process, self.config, self.device = images, process, config, device
+        self.share = share
         self._order = BatchOrder(len(images), config.batch_size, config.seed)
 
     def __getitem__(self, step: int) -> Batch:
@@ -68,13 +76,14 @@ class Batches:
         if labels is not None:
             labels = drop_labels(
                 labels, config.label_dropout, self.images.num_classes, random("label dropout")
-            ).to(self.device)
+            )
         noise = torch.randn(x0.shape, generator=random("noise"))
         t = uniform_times(self.process, len(x0), random("times"))
+        number, count = self.share
+        own = Batch(x0, noise, t, labels).split(count)[number]
         order = torch.channels_last
-        return Batch(
-            x0.to(self.device, memory_format=order),
-            noise.to(self.device, memory_format=order),
-            t,
-            labels,
+        return own._replace(
+            x0=own.x0.to(self.device, memory_format=order),
+            noise=own.noise.to(self.device, memory_format=order),
+            labels=None if own.labels is None else own.labels.to(self.device),
         )

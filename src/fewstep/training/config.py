@@ -141,6 +141,15 @@ class TrainingConfig:
     parts: Annotated[
         int, Setting("Parts of a batch, each with its own thread on a CPU.", Whole(1), "Speed")
     ] = 2
+    accumulate: Annotated[
+        int,
+        Setting(
+            "Pieces of a batch that are computed one after the other, to save memory; the result is the same within "
+            "rounding.",
+            Whole(1),
+            "Speed",
+        ),
+    ] = 1
     seed: Annotated[int, Setting("Decides every random number of the run.", Whole(0))] = 0
     checkpoint_every: Annotated[
         int, Setting("Steps between checkpoints.", Whole(1), decides=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ from torch import Tensor
 from fewstep.data import Finding, ImageSet, check_images
 from fewstep.errors import DataError, InvalidInputError
 from fewstep.models import ModelConfig
+from fewstep.team import Group
 from fewstep.training.config import TrainingConfig
+from fewstep.training.state import TrainingState
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:
@@ -121,3 +124,36 @@ def require_same(
             f"the images of {data['source']} are not those that the run in {folder} was trained on; bring back the "
             "same images to go on with it, or give another folder to start anew"
         )
+
+
+def require_shares(batch_size: int, workers: int) -> None:
+    """Refuse more workers than there are images in a batch.
+
+    Raises:
+        InvalidInputError: Some worker would have nothing to do.
+    """
+    if workers > batch_size:
+        raise InvalidInputError(
+            f"a batch of {batch_size} images cannot be shared out among {workers} workers; launch at most "
+            f"{batch_size}, or give a larger batch_size"
+        )
+
+
+def require_same_start(
+    group: Group, config: TrainingConfig, data: Mapping[str, Any], state: TrainingState
+) -> None:
+    """Let all workers begin with the same settings, images and step, and with the very weights of the main one.
+
+    Processors of another make may round differently when weights are drawn, so they are sent, not compared.
+
+    Raises:
+        InvalidInputError: Settings, images or step differ.
+    """
+    for what, value in (
+        ("the settings", config.to_dict()),
+        ("the images", data["digest"]),
+        ("the checkpoint to go on from", state.step),
+    ):
+        digest = hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=7)
+        group.require_same(what, int.from_bytes(digest.digest(), "big"))
+    group.take_from_main(state.tensors())

@@ -64,6 +64,11 @@ class TrainingState:
         self.step += 1
         return norm
 
+    def tensors(self) -> list[Tensor]:
+        """All that training moves: weights, their average, the optimiser's memory but for its count of steps."""
+        memory = [value for value in self._optimiser_tensors().values() if value.ndim]
+        return [*self._parameters.values(), *self._averaged, *memory]
+
     def save(self, folder: Path, model: ModelConfig) -> None:
         """Write the files of a checkpoint into a folder that exists.
 

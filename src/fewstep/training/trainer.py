@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from fewstep.checkpoints import only_writer, remove_leftovers, save_json, write_
 from fewstep.data import ImageSet, load_images
 from fewstep.errors import CheckpointError
 from fewstep.models import CHECKPOINTS, STEP_PREFIX, ModelConfig, checkpoints_of, read_config
+from fewstep.team import Group, Team, join
 from fewstep.training.batches import Batch, Batches
 from fewstep.training.config import TrainingConfig
 from fewstep.training.facts import Step, Window
@@ -31,6 +33,8 @@ from fewstep.training.preparation import (
     fit_model,
     pixel_variance,
     require_same,
+    require_same_start,
+    require_shares,
     usable_device,
 )
 from fewstep.training.previews import save_preview
@@ -90,7 +94,10 @@ class Trainer:
         device: Where to train; None: CUDA if there is any, else the CPU.
         resume: Whether to take over the newest readable checkpoint of the folder.
 
+    Under `torchrun` or `accelerate launch` each worker takes its share of every batch, and the main one alone writes.
+
     Attributes:
+        group: The workers of the run; usually this one alone.
         state: Weights, optimiser and step; taken from the newest readable checkpoint if there is one.
         model: What is trained, as it will be saved.
         findings: Warnings about the data.
@@ -108,11 +115,13 @@ class Trainer:
     ) -> None:
         self.config = config
         self.folder = Path(folder)
+        self.device = usable_device(Team.launched().device(device))
+        self.group = join(self.device)
+        require_shares(config.batch_size, self.group.size)
         if images is None:
             images = load_images(config.data, size=config.size, channels=config.channels)
         self.images = images
         self.findings = check_for_training(self.images)
-        self.device = usable_device(device)
         self.process = processes.from_dict(config.process)
         self.pixelwise_loss = pixelwise_loss(
             self.process, pixel_variance(self.images), config.predicts
@@ -122,13 +131,17 @@ class Trainer:
         self._seconds = 0.0
         self.model = fit_model(config, self.images, self.folder.resolve().name)
         self.state = (self._restored() if resume else None) or self._new_state(self.model)
+        require_same_start(self.group, config, self._data, self.state)
         self._has_dropout = _has_dropout(self.state.network)
-        self._batches = Batches(self.images, self.process, config, self.device)
+        share = self.group.rank, self.group.size
+        self._batches = Batches(self.images, self.process, config, self.device, share)
         self._gradients = Gradients(
             self.state.network,
             self._loss,
             config.parts if self.device.type == "cpu" else 1,
             threaded=not self._has_dropout,  # dropout draws from one generator, in order
+            accumulate=config.accumulate,
+            group=self.group,
         )
 
     @property
@@ -143,13 +156,13 @@ class Trainer:
 
     def steps(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Step]:
         """Train until the last step, or until ``stop`` says True, and save; see `run`."""
-        with only_writer(self.folder), self._gradients:
-            self._prepare_folder()
+        with ExitStack() as held, self._gradients:
+            self.group.main_does(lambda: self._take_folder(held), None)
             window = Window()
             stopped = False
             while not (stopped or self.is_complete):
                 self._advance(self._batches[self.state.step], window)
-                stopped = stop()
+                stopped = self.group.any(stop())
                 if self._has_news(stopped):
                     yield self._fact(window, stopped)
                     window = Window()
@@ -201,10 +214,12 @@ class Trainer:
     def _advance(self, batch: Batch, window: Window) -> None:
         """One step: gradient, update of the weights, update of their average."""
         if self._has_dropout:
-            with global_seed(seed_of(self.config.seed, "dropout", self.state.step)):
-                loss = self._gradients(batch)
+            # Each worker needs masks of its own; they are not those of the same images in a team of another size.
+            purpose = f"dropout/{self.group.rank}" if self.group.rank else "dropout"
+            with global_seed(seed_of(self.config.seed, purpose, self.state.step)):
+                loss = self._gradients(batch, self.config.batch_size)
         else:
-            loss = self._gradients(batch)
+            loss = self._gradients(batch, self.config.batch_size)
         window.add(loss, self.state.update())
 
     def _is_due(self, every: int) -> bool:
@@ -219,6 +234,10 @@ class Trainer:
         """Log the window, then write what is due; a loss that is not finite ends the run before anything is written."""
         fact = window.fact(self.state.step, self.config)
         self._seconds += window.seconds
+        return self.group.main_does(lambda: self._written(fact, stopped), fact)
+
+    def _written(self, fact: Step, stopped: bool) -> Step:
+        """Log a fact and write what is due after it."""
         self._log.append(
             {
                 "step": fact.step,
@@ -248,7 +267,9 @@ class Trainer:
                 **conditions,
             )
 
-    def _prepare_folder(self) -> None:
+    def _take_folder(self, held: ExitStack) -> None:
+        """Hold the folder for this run alone, and make it ready for the first step."""
+        held.enter_context(only_writer(self.folder))
         remove_leftovers(self.folder / CHECKPOINTS)
         save_json(
             self.folder / SETTINGS_FILE, {"settings": self.config.to_dict(), "data": self._data}
