@@ -69,16 +69,18 @@ class Samples:
         if target.suffix and not os.fspath(path).endswith(("/", os.sep)):
             save_image(target, image_grid(self.images), self.record)
             return [target]
-        return save_folder(target, self.images, [self._record_of(k) for k in range(len(self))])
+        return save_folder(target, self.images, [self.record_of(k) for k in range(len(self))])
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def _record_of(self, k: int) -> dict[str, Any]:
+    def record_of(self, k: int) -> dict[str, Any]:
+        """The record of a single picture."""
+        each = ("seeds", "labels", "network_calls", "rejected_steps")
         own = {
             name: [self.record[name][k]]
-            for name in ("seeds", "labels")
-            if self.record[name] is not None
+            for name in each
+            if isinstance(self.record.get(name), list)
         }
         return {**self.record, **own}
 
@@ -242,7 +244,9 @@ def plan_record(plan: Plan | EagerPlan) -> dict[str, Any]:
         # The ratio of two float64 numbers may be off in its last digit.
         "sigma_over_alpha": [float(f"{level.ratio:.15g}") for level in plan.levels],
     }
-    if isinstance(plan, Plan) and OPTION in plan.options:  # names and options do not make such a plan again
+    if (
+        isinstance(plan, Plan) and OPTION in plan.options
+    ):  # names and options do not make such a plan again
         record["plan"] = plan.to_dict()
     return _plain(record)
 

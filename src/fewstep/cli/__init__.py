@@ -24,7 +24,9 @@ def main() -> None:
 
 def _worker() -> str:
     """Which worker of a team speaks."""
-    return f" (worker {os.environ.get('RANK')})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    return (
+        f" (worker {os.environ.get('RANK')})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    )
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

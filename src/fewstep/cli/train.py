@@ -114,7 +114,11 @@ def _train(config: TrainingConfig, out: Path, device: str | None, overfit: bool)
         for fact in _with_progress(trainer.steps(stopping), trainer):
             _report(fact, trainer)
     if not trainer.is_complete:
-        again = "give the same command again" if trainer.group.size == 1 else "launch it again, on any number of workers"
+        again = (
+            "give the same command again"
+            if trainer.group.size == 1
+            else "launch it again, on any number of workers"
+        )
         typer.echo(
             f"Stopped after step {trainer.state.step}; a checkpoint is saved. To go on, {again}:\n"
             f"  {shlex.join(['fewstep', *sys.argv[1:]])}"

@@ -19,7 +19,7 @@ from fewstep.checkpoints import only_writer, remove_leftovers, save_json, write_
 from fewstep.data import ImageSet, load_images
 from fewstep.errors import CheckpointError
 from fewstep.models import CHECKPOINTS, STEP_PREFIX, ModelConfig, checkpoints_of, read_config
-from fewstep.team import Group, Team, join
+from fewstep.team import Team, join
 from fewstep.training.batches import Batch, Batches
 from fewstep.training.config import TrainingConfig
 from fewstep.training.facts import Step, Window
