@@ -85,7 +85,8 @@ def _write_npz(path: Path, content: Content) -> None:
 
 
 def _count_npz(path: Path) -> int:
-    with np.load(path, allow_pickle=False) as archive:
+    # Opened here, for NumPy leaves a file open that it cannot read.
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
         return len(archive["seeds"])
 
 
