@@ -18,7 +18,7 @@ from pathlib import Path
 
 import report
 
-NETWORK = '{"channels": [32, 64], "attention": [1]}'
+NETWORK = '{"channels": [32, 64], "blocks": 1, "attention": [1]}'
 STEPS, BATCH, CALLS, SHARD = 16, 64, 10, 16
 
 
@@ -86,7 +86,7 @@ def main() -> None:
     lines[5] = lines[5].rpartition(",")[0] + f", {os.cpu_count()} cores; 1 thread for each worker"
     load = os.getloadavg()[2] if hasattr(os, "getloadavg") else 0.0
     lines += [
-        f"Medians of {arguments.rounds} rounds in which the numbers of workers take turns; load of the machine over the "
+        f"Medians of {arguments.rounds} rounds in which the numbers of workers take turns; load of the machine in the "
         f"last 15 minutes: {load:.1f}.",
         "",
         "| what | workers | images/s | speed-up | share of the ideal |",
