@@ -5,25 +5,23 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from fewstep.cli.launched import INTERRUPTED, clock, main_speaks, stop_on_signal
 from fewstep.cli.reading import json_object
+from fewstep.team import Team, leave
 from fewstep.training.config import TrainingConfig
 from fewstep.training.settings import settings_of
 
 if TYPE_CHECKING:
     from fewstep.training import Step, Trainer
 
-INTERRUPTED = 130
 PLAIN_LINE_SECONDS = 10.0
 OVERFIT_STEPS = 200
 OVERFIT_FALL = 0.5
@@ -102,30 +100,46 @@ def train(
     **settings: Any,
 ) -> None:
     """Train a model on images. Started again on the same folder, it goes on where it was."""
+    config = TrainingConfig(**_read_settings(settings))
+    with main_speaks(Team.launched()):
+        interrupted = _train(config, out, device, overfit, force)
+    leave()
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _train(
+    config: TrainingConfig, out: Path, device: str | None, overfit: bool, force: bool
+) -> bool:
+    """Train and tell of it; say whether it was interrupted."""
     from fewstep.training import Trainer
 
-    config = TrainingConfig(**_read_settings(settings))
     trainer = Trainer(config, out, device=device, resume=not overfit, force=force)
     _introduce(trainer)
     if overfit:
         _try_one_batch(trainer, min(config.steps, OVERFIT_STEPS))
-        return
+        return False
     if trainer.is_complete:
         typer.echo(
             f"All {trainer.state.step} steps are done already; give more --steps to go on. The model: {out}"
         )
-        return
-    with _stop_on_signal() as stopping:
+        return False
+    with stop_on_signal(trainer.group, "this step") as stopping:
         for fact in _with_progress(trainer.steps(stopping), trainer):
             _report(fact, trainer)
-        interrupted = stopping() and not trainer.is_complete
-    if interrupted:
-        typer.echo(
-            f"Stopped after step {trainer.state.step}; a checkpoint is saved. To go on, give the same command "
-            f"again:\n  {shlex.join(['fewstep', *sys.argv[1:]])}"
+    if not trainer.is_complete:
+        again = (
+            "give the same command again"
+            if trainer.group.size == 1
+            else "launch it again, on any number of workers"
         )
-        raise typer.Exit(INTERRUPTED)
+        typer.echo(
+            f"Stopped after step {trainer.state.step}; a checkpoint is saved. To go on, {again}:\n"
+            f"  {shlex.join(['fewstep', *sys.argv[1:]])}"
+        )
+        return True
     typer.echo(f"Done. Try: fewstep sample {out} --out grid.png")
+    return False
 
 
 def _read_settings(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -149,6 +163,7 @@ def _introduce(trainer: Trainer) -> None:
         f"{len(images)} images of {width}x{height}, {channels} channel{'s' if channels > 1 else ''}, "
         f"{images.num_classes or 'no'} classes; network of {parameters:,} parameters on {trainer.device}, "
         f"{trainer.precision}"
+        + (f", {trainer.group.size} workers" if trainer.group.size > 1 else "")
     )
     for finding in trainer.findings:
         typer.echo(f"Warning: {finding.message}", err=True)
@@ -194,26 +209,6 @@ def _try_one_batch(trainer: Trainer, steps: int) -> None:
     typer.echo("It falls as it should: data, network and optimiser work together.")
 
 
-@contextmanager
-def _stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C and a polite kill end the run after the step at hand; a second one ends it at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        typer.echo("Stopping after this step ...", err=True)
-
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, note) for number in signals]
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
-
-
 def _with_progress(facts: Iterable[Step], trainer: Trainer) -> Iterator[Step]:
     """Pass facts on; show a bar on a terminal, and a plain line now and then elsewhere."""
     show = _bar if sys.stdout.isatty() else _plain_lines
@@ -229,7 +224,7 @@ def _plain_lines(facts: Iterable[Step], trainer: Trainer) -> Iterator[Step]:
             left = _seconds_left(fact, trainer.config)
             typer.echo(
                 f"step {fact.step}/{trainer.config.steps}  loss {fact.loss:.4f}  "
-                f"{fact.images_per_second:.0f} images/s  {_clock(left)} left"
+                f"{fact.images_per_second:.0f} images/s  {clock(left)} left"
             )
             sys.stdout.flush()
         yield fact
@@ -249,7 +244,7 @@ def _bar(facts: Iterable[Step], trainer: Trainer) -> Iterator[Step]:
             "", total=trainer.config.steps, completed=trainer.state.step, facts=""
         )
         for fact in facts:
-            left = _clock(_seconds_left(fact, trainer.config))
+            left = clock(_seconds_left(fact, trainer.config))
             text = f"loss {fact.loss:.4f}  {fact.images_per_second:.0f} images/s  {left} left"
             progress.update(task, completed=fact.step, facts=text)
             yield fact
@@ -257,9 +252,3 @@ def _bar(facts: Iterable[Step], trainer: Trainer) -> Iterator[Step]:
 
 def _seconds_left(fact: Step, config: TrainingConfig) -> float:
     return (config.steps - fact.step) * config.batch_size / fact.images_per_second
-
-
-def _clock(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}"

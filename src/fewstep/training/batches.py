@@ -45,12 +45,20 @@ class Batches:
         objective: Says how times are drawn.
         config: The settings.
         device: Where the images and the noise go; times stay on the CPU.
+        share: Which of so many nearly equal shares of each batch to return, as (number, count); all random numbers
+            are drawn for the whole batch, so that the shares of all workers make up the batch of a single one.
     """
 
     def __init__(
-        self, images: ImageSet, objective: Objective, config: TrainingConfig, device: torch.device
+        self,
+        images: ImageSet,
+        objective: Objective,
+        config: TrainingConfig,
+        device: torch.device,
+        share: tuple[int, int] = (0, 1),
     ) -> None:
         self.images, self.objective, self.config, self.device = images, objective, config, device
+        self.share = share
         self._order = BatchOrder(len(images), config.batch_size, config.seed)
 
     def __getitem__(self, step: int) -> Batch:
@@ -67,13 +75,14 @@ class Batches:
         if labels is not None:
             labels = drop_labels(
                 labels, config.label_dropout, self.images.num_classes, random("label dropout")
-            ).to(self.device, non_blocking=True)
+            )
         noise = torch.randn(x0.shape, generator=random("noise"))
         t = self.objective.draw_times(len(x0), random("times"))
+        number, count = self.share
+        own = Batch(x0, noise, t, labels).split(count)[number]
         order = torch.channels_last
-        return Batch(
-            x0.to(self.device, memory_format=order, non_blocking=True),
-            noise.to(self.device, memory_format=order, non_blocking=True),
-            t,
-            labels,
+        return own._replace(
+            x0=own.x0.to(self.device, memory_format=order, non_blocking=True),
+            noise=own.noise.to(self.device, memory_format=order, non_blocking=True),
+            labels=None if own.labels is None else own.labels.to(self.device, non_blocking=True),
         )

@@ -288,6 +288,15 @@ class TrainingConfig:
             advice="About the number of cores. Not used on an accelerator",
         ),
     ] = 2
+    accumulate: Annotated[
+        int,
+        Setting(
+            "Pieces of a batch that are computed one after the other, to save memory; the result is the same within "
+            "rounding.",
+            Whole(1),
+            "Speed",
+        ),
+    ] = 1
     checkpoint_activations: Annotated[
         bool,
         Setting(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from fewstep.data import Finding, ImageSet, check_images
 from fewstep.errors import DataError, InvalidInputError
 from fewstep.models import ModelConfig
 from fewstep.networks import NetworkConfig, build, config_to_dict
+from fewstep.team import Group
 from fewstep.training.config import TrainingConfig
+from fewstep.training.state import TrainingState
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:
@@ -152,6 +155,39 @@ def require_shape(old: NetworkConfig, new: NetworkConfig, folder: Path) -> None:
             f"the network of the run in {folder} has another shape ({'; '.join(fields)}), so not even --force can "
             f"go on with it; start anew in another folder, with --start-from {folder} for the weights that fit"
         )
+
+
+def require_shares(batch_size: int, workers: int) -> None:
+    """Refuse more workers than there are images in a batch.
+
+    Raises:
+        InvalidInputError: Some worker would have nothing to do.
+    """
+    if workers > batch_size:
+        raise InvalidInputError(
+            f"a batch of {batch_size} images cannot be shared out among {workers} workers; launch at most "
+            f"{batch_size}, or give a larger batch_size"
+        )
+
+
+def require_same_start(
+    group: Group, config: TrainingConfig, data: Mapping[str, Any], state: TrainingState
+) -> None:
+    """Let all workers begin with the same settings, images and step, and with the very weights of the main one.
+
+    Processors of another make may round differently when weights are drawn, so they are sent, not compared.
+
+    Raises:
+        InvalidInputError: Settings, images or step differ.
+    """
+    for what, value in (
+        ("the settings", config.to_dict()),
+        ("the images", data["digest"]),
+        ("the checkpoint to go on from", state.step),
+    ):
+        digest = hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=7)
+        group.require_same(what, int.from_bytes(digest.digest(), "big"))
+    group.take_from_main(state.tensors())
 
 
 def _named(data: Mapping[str, Any]) -> str:

@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from fewstep.checkpoints import only_writer, remove_leftovers, save_json, write_
 from fewstep.data import ImageSet, load_images
 from fewstep.errors import CheckpointError
 from fewstep.models import CHECKPOINTS, STEP_PREFIX, ModelConfig, checkpoints_of, read_config
+from fewstep.team import Team, join
 from fewstep.training.ahead import Ahead
 from fewstep.training.batches import Batch, Batches
 from fewstep.training.config import TrainingConfig
@@ -37,7 +38,9 @@ from fewstep.training.preparation import (
     fit_model,
     pixel_variance,
     require_same,
+    require_same_start,
     require_shape,
+    require_shares,
     usable_device,
 )
 from fewstep.training.previews import save_preview
@@ -102,7 +105,10 @@ class Trainer:
         resume: Whether to take over the newest readable checkpoint of the folder.
         force: Whether to take it over even if settings or data are others.
 
+    Under `torchrun` or `accelerate launch` each worker takes its share of every batch, and the main one alone writes.
+
     Attributes:
+        group: The workers of the run; usually this one alone.
         state: Weights, optimiser and step; taken from the newest readable checkpoint if there is one.
         model: What is trained, as it will be saved.
         findings: Warnings about the data, and about the weights that training starts from.
@@ -122,11 +128,13 @@ class Trainer:
     ) -> None:
         self.config = config
         self.folder = Path(folder)
+        self.device = usable_device(Team.launched().device(device))
+        self.group = join(self.device)
+        require_shares(config.batch_size, self.group.size)
         if images is None:
             images = load_images(config.data, size=config.size, channels=config.channels)
         self.images = images
         self.findings = check_for_training(self.images)
-        self.device = usable_device(device)
         self.process = processes.from_dict(config.process)
         self.objective = config.objective()
         self.pixelwise_loss = pixelwise_loss(
@@ -140,14 +148,18 @@ class Trainer:
         self.changes: list[str] = []
         self.model = fit_model(config, self.images, self.folder.resolve().name)
         self.state = (self._restored(force) if resume else None) or self._first_state()
+        require_same_start(self.group, config, self._data, self.state)
         self._has_dropout = _has_dropout(self.state.network)
-        self._batches = Batches(self.images, self.objective, config, self.device)
+        share = self.group.rank, self.group.size
+        self._batches = Batches(self.images, self.objective, config, self.device, share)
         self._ahead = Ahead(self._batches, config.steps)
         self._gradients = Gradients(
             self.state.network,
             self._loss,
             config.parts if self.device.type == "cpu" else 1,
             threaded=not self._has_dropout,  # dropout draws from one generator, in order
+            accumulate=config.accumulate,
+            group=self.group,
         )
 
     @property
@@ -163,14 +175,14 @@ class Trainer:
     def steps(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Step]:
         """Train until the last step, or until ``stop`` says True, and save; see `run`."""
         guard = self.state.guard
-        with only_writer(self.folder), self._gradients, self._ahead, closing(self._listeners):
-            self._prepare_folder()
+        with ExitStack() as held, self._gradients, self._ahead:
+            self.group.main_does(lambda: self._take_folder(held), None)
             window = Window()
             stopped = guard.is_exhausted
             while not (stopped or self.is_complete):
                 rate = self.state.learning_rate
                 self._advance(self._ahead[self.state.step], window)
-                stopped = stop() or guard.is_exhausted
+                stopped = self.group.any(stop()) or guard.is_exhausted
                 if self._has_news(stopped):
                     yield self._fact(window, rate, stopped)
                     window = Window()
@@ -233,9 +245,11 @@ class Trainer:
         """Set the gradients and return the loss; None: there is too little memory."""
         try:
             if not self._has_dropout:
-                return self._gradients(batch)
-            with global_seed(seed_of(self.config.seed, "dropout", self.state.step)):
-                return self._gradients(batch)
+                return self._gradients(batch, self.config.batch_size)
+            # Each worker needs masks of its own; they are not those of the same images in a team of another size.
+            purpose = f"dropout/{self.group.rank}" if self.group.rank else "dropout"
+            with global_seed(seed_of(self.config.seed, purpose, self.state.step)):
+                return self._gradients(batch, self.config.batch_size)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -258,6 +272,10 @@ class Trainer:
         """Log the window before anything is saved: what a checkpoint has behind it, the log has as well."""
         fact = window.fact(self.state.step, self.config, rate)
         self._seconds += window.seconds
+        return self.group.main_does(lambda: self._written(fact, stopped), fact)
+
+    def _written(self, fact: Step, stopped: bool) -> Step:
+        """Log a fact and write what is due after it."""
         if self._is_due(self.config.measure_every):
             measured = self._measuring().measure(self.state.average, self.model)
             fact = dataclasses.replace(fact, measurement=measured)
@@ -281,11 +299,14 @@ class Trainer:
         with autocast(self.config.precision, self.device):
             return self.objective(self.state.network, batch.x0, batch.noise, batch.t, **conditions)
 
-    def _prepare_folder(self) -> None:
+    def _take_folder(self, held: ExitStack) -> None:
+        """Hold the folder for this run alone, and make it ready for the first step."""
+        held.enter_context(only_writer(self.folder))
         remove_leftovers(self.folder / CHECKPOINTS)
         save_json(
             self.folder / SETTINGS_FILE, {"settings": self.config.to_dict(), "data": self._data}
         )
+        held.enter_context(closing(self._listeners))
         self._listeners.start(self.state.step)
 
     def _new_state(self, model: ModelConfig) -> TrainingState:
