@@ -7,8 +7,10 @@ from typing import Annotated
 import typer
 
 from fewstep import __version__
+from fewstep.cli.data import data
 from fewstep.cli.demo import demo
 from fewstep.cli.doctor import doctor
+from fewstep.cli.evaluate import evaluate
 from fewstep.cli.export import export
 from fewstep.cli.info import info
 from fewstep.cli.listing import samplers, schedulers
@@ -42,5 +44,18 @@ def _root(
     """Options before the command."""
 
 
-for command in (sample, train, tune, info, export, statistics, demo, samplers, schedulers, doctor):
+for command in (
+    sample,
+    train,
+    tune,
+    data,
+    evaluate,
+    info,
+    export,
+    statistics,
+    demo,
+    samplers,
+    schedulers,
+    doctor,
+):
     app.command()(command)

@@ -106,6 +106,22 @@ class ImageSet:
         for start in range(0, len(self), count):
             yield start, self.images[start : start + count]
 
+    def subset(self, indices: Indices) -> ImageSet:
+        """Return some of the images, copied into memory.
+
+        Args:
+            indices: Which images, each in 0..N-1.
+        """
+        rows = torch.as_tensor(indices, dtype=torch.long, device=self.images.device)
+        captions = [self.captions[k] for k in rows.tolist()] if self.captions else ()
+        return ImageSet(
+            self.images[rows],
+            None if self.labels is None else self.labels[rows],
+            self.class_names,
+            self.source,
+            captions=captions,
+        )
+
     def batch(self, indices: Indices) -> tuple[Tensor, Tensor | None]:
         """Draw images as floats, ``x = bytes / 127.5 - 1``, with their labels.
 

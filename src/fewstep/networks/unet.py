@@ -61,6 +61,12 @@ class UNet(nn.Module):
         self.classes = (
             nn.Embedding(config.num_classes + 1, embedding_width) if config.num_classes else None
         )
+        # What is added for an image that was not augmented must be nothing: no bias.
+        self.augment = (
+            nn.Linear(config.augment_width, embedding_width, bias=False)
+            if config.augment_width
+            else None
+        )
         self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
         skips = [width]
         self.down = nn.ModuleList(self._down_path(skips))
@@ -143,6 +149,8 @@ class UNet(nn.Module):
             elif isinstance(module, Attention):
                 zero_(module.out)
         zero_(self.conv_out)
+        if self.augment is not None:
+            zero_(self.augment)
 
     def forward(
         self,
@@ -150,6 +158,7 @@ class UNet(nn.Module):
         t: Tensor,
         labels: Tensor | None = None,
         context: Tensor | None = None,
+        augment: Tensor | None = None,
     ) -> Tensor:
         """Evaluate the network.
 
@@ -161,6 +170,8 @@ class UNet(nn.Module):
                 class, and None stands for it.
             context: Sequences to attend to, shape (B, L, context_width), where the network takes
                 them.
+            augment: How the images were augmented, shape (B, augment_width), zeros for not at
+                all; None stands for zeros.
 
         Returns:
             Shape (B, out_channels, H, W), in the floating type of ``x``.
@@ -169,8 +180,9 @@ class UNet(nn.Module):
             InvalidInputError: A shape, type or label that the network cannot take.
         """
         self._check(x, t, labels, context)
+        self._check_augment(augment, x.shape[0])
         weight = self.conv_in.weight
-        embedding = self._embed(t.to(x.device).expand(x.shape[0]), labels)
+        embedding = self._embed(t.to(x.device).expand(x.shape[0]), labels, augment)
         if context is not None:
             context = context.to(weight.dtype)
         h = self.conv_in(x.to(weight.dtype))
@@ -187,13 +199,15 @@ class UNet(nn.Module):
                 h = layer(h)
         return self.conv_out(self.norm_out(h)).to(x.dtype)
 
-    def _embed(self, t: Tensor, labels: Tensor | None) -> Tensor:
-        """Return ``silu(time embedding + class embedding)``, (B, E): what all blocks project."""
+    def _embed(self, t: Tensor, labels: Tensor | None, augment: Tensor | None) -> Tensor:
+        """Return ``silu(time + class + augmentation embedding)``, (B, E): what all blocks project."""
         embedding = self.time(t)
         if self.classes is not None:
             null = self.config.num_classes
             chosen = torch.full_like(t, null, dtype=torch.long) if labels is None else labels
             embedding = embedding + self.classes(chosen)
+        if self.augment is not None and augment is not None:
+            embedding = embedding + self.augment(augment.to(embedding))
         return F.silu(embedding)
 
     def _check(self, x: Tensor, t: Tensor, labels: Tensor | None, context: Tensor | None) -> None:
@@ -243,6 +257,14 @@ class UNet(nn.Module):
             raise InvalidInputError(
                 f"label {low if low < 0 else high} is not a class of this network; allowed are "
                 f"0..{classes - 1}, and {classes} (or labels=None) for no class"
+            )
+
+    def _check_augment(self, augment: Tensor | None, batch: int) -> None:
+        width = self.config.augment_width
+        if augment is not None and augment.shape != (batch, width):
+            raise InvalidInputError(
+                f"augmentations of shape {tuple(augment.shape)} do not fit; give shape ({batch}, {width}), "
+                "or build the network with augment_width to match"
             )
 
     def _check_context(self, context: Tensor | None, batch: int) -> None:

@@ -28,6 +28,7 @@ class UNetConfig:
         head_width: Channels per attention head, or 0 to fix the number of heads instead.
         num_classes: Number of classes, 0 for none; label ``num_classes`` is the null class.
         context_width: Width of the context for cross-attention, 0 for none.
+        augment_width: Numbers that tell the network how an image was augmented, 0 for none.
         dropout: Probability of dropping an activation in a residual block, in [0, 1).
         groups: Groups of every normalisation, if ``group_width`` is 0.
         group_width: Channels per normalisation group, or 0 to fix the number of groups instead.
@@ -53,6 +54,7 @@ class UNetConfig:
     head_width: int = 0
     num_classes: int = 0
     context_width: int = 0
+    augment_width: int = 0
     dropout: float = 0.0
     groups: int = 32
     group_width: int = 0
@@ -65,7 +67,7 @@ class UNetConfig:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
         for name in ("in_channels", "heads", "groups"):
             _require_whole(name, getattr(self, name), 1)
-        for name in ("head_width", "group_width", "num_classes", "context_width"):
+        for name in ("head_width", "group_width", "num_classes", "context_width", "augment_width"):
             _require_whole(name, getattr(self, name), 0)
         if self.out_channels is not None:
             _require_whole("out_channels", self.out_channels, 1)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fewstep.data import ImageSet
 from fewstep.process import Process
+from fewstep.training.augmentation import augmented
 from fewstep.training.config import TrainingConfig
 from fewstep.training.objective import drop_labels, uniform_times
 from fewstep.training.randomness import BatchOrder, generator
@@ -22,12 +23,14 @@ class Batch(NamedTuple):
         noise: Standard normal, the shape of x0.
         t: Times in the process's unit, float64 on the CPU, shape (B,).
         labels: Classes with the null class among them, shape (B,), or None.
+        augment: How the images were augmented, see `fewstep.training.augmentation`, or None.
     """
 
     x0: Tensor
     noise: Tensor
     t: Tensor
     labels: Tensor | None
+    augment: Tensor | None = None
 
     def split(self, parts: int) -> list[Batch]:
         """Cut into at most so many parts of nearly equal size, in order."""
@@ -46,13 +49,20 @@ class Batches:
         process: Its training times are drawn from.
         config: The settings.
         device: Where the images and the noise go; times stay on the CPU.
+        rows: The images to train on, by number; None: all.
     """
 
     def __init__(
-        self, images: ImageSet, process: Process, config: TrainingConfig, device: torch.device
+        self,
+        images: ImageSet,
+        process: Process,
+        config: TrainingConfig,
+        device: torch.device,
+        rows: Tensor | None = None,
     ) -> None:
         self.images, self.process, self.config, self.device = images, process, config, device
-        self._order = BatchOrder(len(images), config.batch_size, config.seed)
+        self._rows = torch.arange(len(images)) if rows is None else rows
+        self._order = BatchOrder(len(self._rows), config.batch_size, config.seed)
 
     def __getitem__(self, step: int) -> Batch:
         """Return the batch of a step."""
@@ -61,10 +71,14 @@ class Batches:
         def random(purpose: str) -> torch.Generator:
             return generator(config.seed, purpose, step)
 
-        x0, labels = self.images.batch(self._order.batch(step))
+        x0, labels = self.images.batch(self._rows[self._order.batch(step)])
         if config.horizontal_flip:
             mirrored = torch.rand(len(x0), 1, 1, 1, generator=random("flips")) < 0.5
             x0 = torch.where(mirrored, x0.flip(-1), x0)
+        augment = None
+        if config.augment:
+            x0, augment = augmented(x0, config.augment, random("augmentations"))
+            augment = augment.to(self.device)
         if labels is not None:
             labels = drop_labels(
                 labels, config.label_dropout, self.images.num_classes, random("label dropout")
@@ -77,4 +91,5 @@ class Batches:
             noise.to(self.device, memory_format=order),
             t,
             labels,
+            augment,
         )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewstep.errors import NonFiniteError
 from fewstep.training.config import TrainingConfig
+from fewstep.training.held_out import HeldOut
 from fewstep.training.rates import learning_rate
 
 
@@ -27,6 +28,7 @@ class Step:
         images_per_second: Images trained on per second since the last `Step`.
         checkpoint: The checkpoint that was written after this update, if any.
         preview: The sheet of samples that was written after this update, if any.
+        held_out: Error on images kept from training, and on others, if it was measured after this update.
     """
 
     step: int
@@ -36,6 +38,7 @@ class Step:
     images_per_second: float
     checkpoint: Path | None = None
     preview: Path | None = None
+    held_out: HeldOut | None = None
 
 
 class Window:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import logging
 import os
@@ -17,11 +18,19 @@ from fewstep import process as processes
 from fewstep.checkpoints import only_writer, remove_leftovers, save_json, write_folder
 from fewstep.data import ImageSet, load_images
 from fewstep.errors import CheckpointError
-from fewstep.models import CHECKPOINTS, STEP_PREFIX, ModelConfig, checkpoints_of, read_config
+from fewstep.models import (
+    CHECKPOINTS,
+    STEP_PREFIX,
+    Model,
+    ModelConfig,
+    checkpoints_of,
+    read_config,
+)
 from fewstep.training.batches import Batch, Batches
 from fewstep.training.config import TrainingConfig
 from fewstep.training.facts import Step, Window
 from fewstep.training.gradients import Gradients
+from fewstep.training.held_out import HeldOut, held_out_error, split_rows
 from fewstep.training.log import Log
 from fewstep.training.objective import pixelwise_loss, prediction_loss
 from fewstep.training.precision import autocast, compute_type
@@ -109,7 +118,7 @@ class Trainer:
         self.config = config
         self.folder = Path(folder)
         if images is None:
-            images = load_images(config.data, size=config.size, channels=config.channels)
+            images = load_images(config.data, **config.loading())
         self.images = images
         self.findings = check_for_training(self.images)
         self.device = usable_device(device)
@@ -123,7 +132,8 @@ class Trainer:
         self.model = fit_model(config, self.images, self.folder.resolve().name)
         self.state = (self._restored() if resume else None) or self._new_state(self.model)
         self._has_dropout = _has_dropout(self.state.network)
-        self._batches = Batches(self.images, self.process, config, self.device)
+        self.rows, self.held_out_rows = split_rows(len(self.images), config.held_out, config.seed)
+        self._batches = Batches(self.images, self.process, config, self.device, self.rows)
         self._gradients = Gradients(
             self.state.network,
             self._loss,
@@ -219,6 +229,8 @@ class Trainer:
         """Log the window, then write what is due; a loss that is not finite ends the run before anything is written."""
         fact = window.fact(self.state.step, self.config)
         self._seconds += window.seconds
+        if self.config.held_out and self._is_due(self.config.sample_every):
+            fact = dataclasses.replace(fact, held_out=self._held_out())
         self._log.append(
             {
                 "step": fact.step,
@@ -227,6 +239,7 @@ class Trainer:
                 "gradient_norm": fact.gradient_norm,
                 "images_per_second": round(fact.images_per_second, 1),
                 "time": round(time.time(), 3),
+                **({} if fact.held_out is None else {"held_out": fact.held_out._asdict()}),
             }
         )
         if stopped or self._is_due(self.config.checkpoint_every):
@@ -235,8 +248,14 @@ class Trainer:
             fact = dataclasses.replace(fact, preview=self.save_preview())
         return fact
 
+    def _held_out(self) -> HeldOut:
+        """Measure the averaged weights on images seen and not seen; the same images, noise and levels every time."""
+        model = Model(copy.deepcopy(self.state.average), self.model)
+        return held_out_error(model, self.images, self.rows, self.held_out_rows, self.config.seed)
+
     def _loss(self, batch: Batch) -> Tensor:
-        conditions = {} if batch.labels is None else {"labels": batch.labels}
+        given = {"labels": batch.labels, "augment": batch.augment}
+        conditions = {name: value for name, value in given.items() if value is not None}
         with autocast(self.config.precision, self.device):
             return prediction_loss(
                 self.state.network,
