@@ -261,9 +261,9 @@ def _text(facts: dict[str, Any], *names: str) -> str | None:
 
 
 def _split_and_place(name: str) -> tuple[str | None, tuple[str, ...]]:
-    """The split that a member belongs to, if any, and the folders below it."""
+    """The split that a member belongs to, if any, and its folders, of which ``.`` is that of the split."""
     folders = tuple(name.split("/")[:-1])
     for depth, folder in enumerate(folders[:2]):
         if folder in SPLIT_FOLDERS:
-            return folder, folders[depth + 1 :]
+            return folder, (".", *folders[depth + 1 :])
     return None, folders
