@@ -2,7 +2,7 @@
 
     python bench/few_images.py --data mnist --out runs/few-images
 
-trains six small models of 14x14 digits (a few minutes on one processor core) and writes docs/results/few-images.md
+trains six small models of 8x8 digits (a few minutes on one processor core) and writes docs/results/few-images.md
 and a sheet of nearest neighbours for each model.
 """
 
@@ -21,14 +21,14 @@ from fewstep.training import TrainingConfig, run
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results" / "few-images.md"
 COUNTS, PROBABILITIES = (10, 100, 1000), (0.0, 0.3)
-UNSEEN, SAMPLES, CALLS, SIZE = 200, 64, 20, 14
+UNSEEN, SAMPLES, CALLS, SIZE = 200, 64, 20, 8
 NETWORK = {"channels": (16, 32), "blocks": 1, "attention": (), "head_width": 16}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", default="mnist")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--out", type=Path, default=Path("runs/few-images"))
     options = parser.parse_args()
     digits = load_images(options.data, size=SIZE)
@@ -57,7 +57,7 @@ def measured(
         network_options=NETWORK,
         steps=steps,
         batch_size=32,
-        learning_rate=2e-3,
+        learning_rate=3e-3,
         ema_decay=0.995,
         augment=probability,
         precision="float32",
@@ -97,7 +97,7 @@ def page(rows: list[dict[str, float]], steps: int) -> str:
     lines = [
         "# Few images, measured",
         "",
-        f"Made by `bench/few_images.py`: networks of 14x14 digits of MNIST, widths {NETWORK['channels']}, no labels, "
+        f"Made by `bench/few_images.py`: networks of 8x8 digits of MNIST, widths {NETWORK['channels']}, no labels, "
         f"{steps} steps of 32 images. Errors are squared errors in the noise per pixel, the mean of ten levels, of "
         f"the averaged weights, on up to {UNSEEN} seen and on {UNSEEN} unseen images under noise of the same seeds. A "
         f"copy is one of {SAMPLES} samples ({CALLS} steps) whose nearest training image is nearer than "
