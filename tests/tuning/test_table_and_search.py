@@ -43,6 +43,27 @@ def test_a_table_is_the_plan_it_comes_from(name, family):
     assert Plan.from_json(again.to_json()) == again
 
 
+@pytest.mark.parametrize("family", PROCESSES)
+def test_a_call_that_nothing_reads_changes_nothing_and_lies_on_the_path(family):
+    made = traced("unipc", PROCESSES[family], 4)
+    table = table_of(made)
+    wider = table.widened()
+    assert wider.calls == 5 and len(wider.grid.levels) == 6
+    log_snrs, before = wider.log_snrs, table.log_snrs
+    (k,) = np.flatnonzero(~np.isin(log_snrs, before))
+    assert log_snrs[k] == pytest.approx(before[k - 1 : k + 1].mean())
+    assert np.diff(before)[k - 1] == np.diff(before).max()
+    x, denoiser = NORMAL, mixture(made.process)
+    ends = [t.point(t.calls, x, t.estimates(denoiser, x)) for t in (table, wider, wider.widened())]
+    assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
+    level = wider.grid.levels[k]
+    assert wider.starts[k] == level.sigma
+    assert wider.weights[k - 1].sum() == pytest.approx(level.alpha)
+    found = wider.estimates(denoiser, x)
+    exact = mixture(made.process)(wider.point(k, x, found), level)
+    assert torch.equal(found[k], exact)
+
+
 @pytest.mark.parametrize("name", ["euler_ancestral", "heun", "ttm"])
 def test_what_is_no_table_is_refused_with_the_remedy(name):
     with pytest.raises(InvalidInputError, match=r"cannot be tuned: .*take unipc"):

@@ -69,8 +69,16 @@ def test_it_goes_on_from_an_earlier_result():
     again = tune(model, 3, **{**SMALL, "iterations": 1}, start=first.plan)
     assert again.error <= first.error and again.method in ("given", "learn")
     assert (again.start, again.start_error) == (first.start, first.start_error)
-    with pytest.raises(InvalidInputError, match="has 3 calls on .* must have 4"):
-        tune(model, 4, start=first.plan)
+    with pytest.raises(InvalidInputError, match="has 3 calls on .* must have 2 or fewer"):
+        tune(model, 2, start=first.plan)
+
+
+def test_a_plan_of_fewer_calls_is_a_start_that_it_is_never_worse_than():
+    model = problem(fs.process.vp_linear())
+    first = tune(model, 3, **SMALL)
+    wider = tune(model, 4, **{**SMALL, "iterations": 1}, start=first.plan)
+    assert wider.plan.calls == 4
+    assert wider.error <= first.error
 
 
 class Network(torch.nn.Module):

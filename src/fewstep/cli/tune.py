@@ -72,7 +72,7 @@ def tune(
 
     trained = load(model, device=device, weights=weights)
     file = plan_file(trained, steps, guidance) if out is None else out
-    before = _before(file, trained, guidance)
+    before = _before(file, trained, guidance) or _smaller(trained, steps, guidance)
     _make_room(file)
     kept: list[Tuning] = []
     try:
@@ -142,6 +142,19 @@ def _before(file: Path, model: Model, guidance: float) -> Plan | None:
         raise InvalidInputError(f"{file} exists, and {mismatch}; give another --out")
     typer.echo(f"Going on from {file}")
     return plan
+
+
+def _smaller(model: Model, steps: int, guidance: float) -> Plan | None:
+    """The plan with the most calls below those asked for that is tuned to the model; it makes a good start."""
+    from fewstep.tuned import plans_of
+
+    found = [
+        tuned.plan
+        for tuned in plans_of(model)
+        if tuned.plan is not None and tuned.purpose is not None and not tuned.fault
+        if tuned.purpose.guidance == guidance and tuned.plan.calls < steps
+    ]
+    return max(found, key=lambda plan: plan.calls, default=None)
 
 
 def _write(plan: Plan, file: Path) -> None:

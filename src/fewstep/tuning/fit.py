@@ -8,6 +8,7 @@ are needed.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,9 @@ from fewstep.errors import NonFiniteError
 from fewstep.plan import DenoiserLike
 from fewstep.process import Process
 from fewstep.schedulers import Grid
+from fewstep.threads import spread
 from fewstep.tuning.losses import Loss, pixels, softened
-from fewstep.tuning.table import Table
+from fewstep.tuning.table import Table, log_snr_bounds
 
 LEVEL_MOVE, START_MOVE, WEIGHT_MOVE = 0.03, 0.01, 0.03
 """How far log_snr, starts and weights are moved for a derivative.
@@ -92,8 +94,7 @@ class Numbers:
     def of(self, table: Table) -> np.ndarray:
         """The vector of a table."""
         n = self.calls
-        low, high = self.bounds
-        log_snrs = np.clip([level.log_snr for level in table.grid.levels[:n]], low, high)
+        log_snrs = table.log_snrs
         alphas, sigmas = self._shares(log_snrs)
         return np.concatenate(
             [
@@ -118,21 +119,12 @@ class Numbers:
 
     def held(self, vector: np.ndarray) -> np.ndarray:
         """The vector with its levels in range and falling."""
-        held, (low, high) = vector.copy(), self.bounds
+        held, (low, high) = vector.copy(), log_snr_bounds(self.process)
         for k in range(self.calls):
             held[k] = max(held[k], low if k == 0 else held[k - 1] + LEAST_STEP)
         for k in reversed(range(self.calls)):
             held[k] = min(held[k], high if k == self.calls - 1 else held[k + 1] - LEAST_STEP)
         return held
-
-    @property
-    def bounds(self) -> tuple[float, float]:
-        """Least and largest log_snr that the network is trained on, pure noise left out."""
-        process = self.process
-        low = process.noisiest.log_snr
-        if math.isinf(low):
-            low = process.log_snr(process.table_time(process.training_steps - 2))
-        return low, process.least_noisy.log_snr
 
     def _shares(self, log_snrs: Sequence[float] | np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Alpha and sigma of the calls, and of clean data."""
@@ -161,35 +153,44 @@ class Problem:
 
     def residuals(self, vector: np.ndarray) -> Tensor:
         """The loss of all pictures, shape (M,)."""
-        table = self.numbers.table(vector)
-        return torch.cat(
-            [self._loss(table, batch, table.estimates(*batch[:2])) for batch in self.batches]
-        )
+        return self._losses(vector, self._estimates(vector))
 
     def jacobian(self, vector: np.ndarray) -> Tensor:
         """Its derivatives by the numbers, times how far these were moved for it, shape (numbers, M).
 
         A number whose derivative is not finite gets zeros, which leave it as it is.
         """
-        table, parts = self.numbers.table(vector), []
-        for b, batch in enumerate(self.batches):
-            denoiser, noise, _ = batch
-            estimates = table.estimates(denoiser, noise)
-            here = self._loss(table, batch, estimates)
-            rows = []
-            for k, (move, call) in enumerate(
-                zip(self.numbers.moves, self.numbers.reach, strict=True)
-            ):
-                moved = vector.copy()
-                moved[k] += move
-                other = self.numbers.table(moved)
-                changed = other.estimates(denoiser, noise, estimates[:call])
-                rows.append(self._loss(other, batch, changed) - here)
-                self.on_share((b + (k + 1) / len(vector)) / len(self.batches))
-            parts.append(torch.stack(rows))
-        jacobian = torch.cat(parts, 1)
+        estimates = self._estimates(vector)
+        here = self._losses(vector, estimates)
+        moves = list(zip(self.numbers.moves, self.numbers.reach, strict=True))
+
+        def moved(case: tuple[int, int]) -> Tensor:
+            k, b = case
+            (move, call), batch = moves[k], self.batches[b]
+            table = self.numbers.table(vector + move * np.eye(len(vector))[k])
+            return self._loss(table, batch, table.estimates(*batch[:2], estimates[b][:call]))
+
+        cases = list(itertools.product(range(len(moves)), range(len(self.batches))))
+        parts = []
+        for part in spread(moved, cases, here.device):
+            parts.append(part)
+            self.on_share(len(parts) / len(cases))
+        jacobian = torch.cat(parts).reshape(len(moves), -1) - here
         jacobian[~jacobian.isfinite().all(1)] = 0.0
         return jacobian
+
+    def _estimates(self, vector: np.ndarray) -> list[list[Tensor]]:
+        """The estimates of all calls, for each batch."""
+        table = self.numbers.table(vector)
+        return list(
+            spread(
+                lambda batch: table.estimates(*batch[:2]), self.batches, self.batches[0][1].device
+            )
+        )
+
+    def _losses(self, vector: np.ndarray, estimates: Sequence[Sequence[Tensor]]) -> Tensor:
+        table, pairs = self.numbers.table(vector), zip(self.batches, estimates, strict=True)
+        return torch.cat([self._loss(table, batch, found) for batch, found in pairs])
 
     def _loss(self, table: Table, batch: Batch, estimates: Sequence[Tensor]) -> Tensor:
         wrong = _wrong(table, batch, estimates, self.loss)

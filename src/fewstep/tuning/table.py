@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeVar
@@ -12,7 +13,7 @@ from torch import Tensor
 from fewstep.errors import InvalidInputError
 from fewstep.plan import Denoise, DenoiserLike, Plan, Tape, Vector, trace
 from fewstep.plan.rules import expand
-from fewstep.process import Level
+from fewstep.process import Level, Process
 from fewstep.schedulers import Grid
 
 State = TypeVar("State", Tensor, Vector)
@@ -40,6 +41,12 @@ class Table:
     def calls(self) -> int:
         """Network calls."""
         return len(self.weights)
+
+    @property
+    def log_snrs(self) -> np.ndarray:
+        """log_snr of the calls, within `log_snr_bounds`."""
+        levels = self.grid.levels[: self.calls]
+        return np.clip([level.log_snr for level in levels], *log_snr_bounds(self.grid.process))
 
     def point(self, k: int, noise: State, estimates: Sequence[State]) -> State:
         """The point x_k, of the noise and the k estimates before it; of tensors, or of a tape's vectors."""
@@ -70,6 +77,31 @@ class Table:
             return self.point(self.calls, start, estimates)
 
         return trace(follow, self.grid, name, **options)
+
+    def widened(self) -> Table:
+        """A table of one call more and the same result: nothing reads the new call yet.
+
+        It lies in the widest gap of log_snr between two calls, at the point that the later one's mix gives there, so
+        that a fit finds a sensible estimate to begin with.
+        """
+        levels, process = self.grid.levels, self.grid.process
+        log_snrs = self.log_snrs
+        k = int(np.diff(log_snrs).argmax()) + 1
+        (level,) = process.levels_at([math.exp(-log_snrs[k - 1 : k + 1].mean())])
+        mix = self.weights[k - 1] * level.alpha / self.weights[k - 1].sum()
+        return Table(
+            Grid(process, (*levels[:k], level, *levels[k:]), self.grid.scheduler),
+            np.insert(self.starts, k, level.sigma),
+            np.insert(np.insert(self.weights, k - 1, mix, axis=0), k, 0.0, axis=1),
+        )
+
+
+def log_snr_bounds(process: Process) -> tuple[float, float]:
+    """Least and largest log_snr that a network is trained on, pure noise left out."""
+    low = process.noisiest.log_snr
+    if math.isinf(low):
+        low = process.log_snr(process.table_time(process.training_steps - 2))
+    return low, process.least_noisy.log_snr
 
 
 def table_of(plan: Plan) -> Table:

@@ -16,6 +16,7 @@ from fewstep.plan import Plan, Progress
 from fewstep.process import Level
 from fewstep.samplers import plan
 from fewstep.schedulers import Grid
+from fewstep.threads import spread
 from fewstep.tuning.losses import Loss
 
 TEACHER = "unipc"
@@ -94,13 +95,15 @@ class Lesson:
 
     def error_of(self, made: Plan, batch_size: int, loss: Loss) -> float:
         """Root mean square of the loss of a plan's results."""
-        total, count = 0.0, 0
-        for rows in torch.arange(len(self)).split(batch_size):
+
+        def measured(rows: Tensor) -> tuple[float, int]:
             denoiser, noise, ends = self.part(rows)
-            result = made.run(denoiser, made.levels[0].sigma * noise)
-            wrong = loss(result, ends)
-            total, count = total + float(wrong.square().sum()), count + wrong.numel()
-        return math.sqrt(total / count)
+            wrong = loss(made.run(denoiser, made.levels[0].sigma * noise), ends)
+            return float(wrong.square().sum()), wrong.numel()
+
+        parts = torch.arange(len(self)).split(batch_size)
+        totals, counts = zip(*spread(measured, parts, self.noise.device), strict=True)
+        return math.sqrt(sum(totals) / sum(counts))
 
 
 def lesson(
@@ -114,14 +117,14 @@ def lesson(
     start = noise.initial()
     fine = _teacher(grid)
     batches = torch.arange(len(start)).split(batch_size)
+
+    def end(rows: Tensor) -> Tensor:
+        return fine.run(model.rows(rows), grid.levels[0].sigma * start[rows.to(start.device)])
+
     ends = []
-    for rows in batches:
-        where = rows.to(start.device)
-
-        def tell(step: Progress, before: int = len(ends)) -> None:
-            on_share((before + step.call / step.calls) / len(batches))
-
-        ends.append(fine.run(model.rows(rows), grid.levels[0].sigma * start[where], on_step=tell))
+    for part in spread(end, batches, start.device):
+        ends.append(part)
+        on_share(len(ends) / len(batches))
     return Lesson(model, start, torch.cat(ends))
 
 

@@ -130,7 +130,8 @@ def tune(
         shape: Shape of one picture, where the model does not know it.
         guidance: Classifier-free guidance that the plan is meant for; 1 is off.
         method: "learn", or "search" to end after the searches, which change nothing but levels.
-        start: A plan of as many calls to go on from, such as an earlier result.
+        start: A plan of as many calls to go on from, such as an earlier result; or one of fewer calls, such as a plan
+            tuned before, which gets more and is one of those that learning begins with.
         images: Pictures that the plan is fitted on.
         held_out: Other pictures, on which plans are compared.
         iterations: Iterations of the fit at most.
@@ -197,7 +198,8 @@ def tune(
                 "so its answer is not a function of the point and the level"
             )
         else:
-            starts = contest.leaders(STARTS) if given is None else [contest.leader]
+            goes_on = start is not None and start.calls == steps
+            starts = [contest.leader] if goes_on else contest.leaders(STARTS)
             _learn(contest, batches, starts, iterations, loss)
     return contest.best
 
@@ -334,13 +336,17 @@ def _usual(model: BaseDenoiser, steps: int) -> dict[str, Plan]:
 
 
 def _checked(start: Plan, model: BaseDenoiser, steps: int) -> Plan:
-    """The plan to go on from, without what an earlier tuning wrote into it."""
-    table_of(start)
-    if start.calls != steps or start.process != model.process or not start.levels[-1].is_clean:
+    """The plan to go on from, with as many calls, and without what an earlier tuning wrote into it."""
+    table = table_of(start)
+    if start.calls > steps or start.process != model.process or not start.levels[-1].is_clean:
         raise InvalidInputError(
-            f"start={start.name} has {start.calls} calls on {start.process} and must have {steps} on {model.process} "
-            "and end at clean data"
+            f"start={start.name} has {start.calls} calls on {start.process} and must have {steps} or fewer on "
+            f"{model.process} and end at clean data"
         )
+    if start.calls < steps:
+        for _ in range(steps - start.calls):
+            table = table.widened()
+        return table.plan(TUNED)
     options = {name: value for name, value in start.options.items() if name != OPTION}
     return replace(start, options=options)
 
