@@ -111,6 +111,8 @@ def test_shards_by_folder_and_by_pattern(tmp_path: Path) -> None:
     assert values(load_images(f"{tmp_path}/train-{{01..02}}.tar")) == [1, 2]
     assert values(load_images(f"{tmp_path}/train-*.tar")) == [0, 1, 2]
     assert values(load_images(f"{tmp_path}/train-{{02,00}}.tar")) == [2, 0]
+    put(tmp_path, {"beside.png": png(9)})
+    assert values(load_images(tmp_path)) == [9]  # pictures go before archives
     with pytest.raises(DataError, match=r"train-03\.tar"):
         load_images(f"{tmp_path}/train-{{01..03}}.tar")
 

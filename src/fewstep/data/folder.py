@@ -23,6 +23,10 @@ LABEL_FILES = ("labels.csv", "metadata.csv")
 PROGRESS_EVERY = 10_000
 
 
+class NoPicturesError(DataError):
+    """A folder holds no pictures; it may hold archives of them."""
+
+
 class Folder:
     """All pictures below a folder, by name: of a million files only the names are held.
 
@@ -37,7 +41,8 @@ class Folder:
         on_progress: Told of long scans.
 
     Raises:
-        DataError: If there are no pictures, or the label file does not match them.
+        NoPicturesError: If there are no pictures.
+        DataError: If the label file does not match them.
     """
 
     def __init__(
@@ -54,7 +59,7 @@ class Folder:
             elif name.lower().endswith(".txt"):
                 self._captioned.add(stem_of(name))
         if not self._names:
-            raise DataError(
+            raise NoPicturesError(
                 f"no images in {root}; put files there that end in {', '.join(SUFFIXES)}, directly or "
                 "in one sub-folder for each class, or tar shards of such files"
             )

@@ -12,7 +12,7 @@ from fewstep.data.archive import read_npz
 from fewstep.data.cache import cached, default_cache, image_set, is_large
 from fewstep.data.decoding import Memory, decode
 from fewstep.data.fitting import refit
-from fewstep.data.folder import Folder, split_folder
+from fewstep.data.folder import Folder, NoPicturesError, split_folder
 from fewstep.data.image_set import ImageSet
 from fewstep.data.named import NAMES, load_named
 from fewstep.data.shards import Shards, archives_in, is_archive, is_pattern, matching
@@ -95,7 +95,7 @@ def _files(path: Path, split: str, table: Path | None, on_progress: OnProgress |
         root = path if archives else split_folder(path, split)
         try:
             return Folder(root, table, on_progress)
-        except DataError:
+        except NoPicturesError:
             archives = archives or archives_in(root)
             if not archives:
                 raise
