@@ -25,6 +25,7 @@ from fewstep.networks import UNet, UNetConfig
 FORMAT, VERSION = "fewstep-model", 1
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = {"ema": "model.safetensors", "raw": "raw.safetensors"}
+AVERAGE_PREFIXES = ("ema-", "power-")
 CHECKPOINTS = "checkpoints"
 STEP_PREFIX = "step-"
 
@@ -192,6 +193,18 @@ def checkpoints_of(run: Path) -> list[Path]:
     return sorted((run / CHECKPOINTS).glob(f"{STEP_PREFIX}[0-9]*"))
 
 
+def weights_file(weights: str) -> str:
+    """Return the file of a folder that holds weights of that name."""
+    return WEIGHT_FILES.get(weights, f"{weights}.safetensors")
+
+
+def averages_in(folder: Path) -> list[str]:
+    """Return the names of the further averages in a checkpoint."""
+    return sorted(
+        file.stem for start in AVERAGE_PREFIXES for file in folder.glob(f"{start}*.safetensors")
+    )
+
+
 def load(
     source: str | os.PathLike[str], device: str | torch.device = "cpu", weights: str = "ema"
 ) -> Model:
@@ -201,17 +214,19 @@ def load(
         source: Name of a bundled model, a model folder, or the folder of a `fewstep train` run, which gives
             its newest checkpoint. A name wins over a folder of the same name; write ``./name`` for the folder.
         device: Where the network goes.
-        weights: ``"ema"``, averaged over training, or ``"raw"``, as the optimiser left them (checkpoints only).
+        weights: ``"ema"``, averaged over training, or ``"raw"``, as the optimiser left them (checkpoints only), or
+            one of a run's further averages, such as ``"ema-0.9999"``.
 
     Raises:
-        UnknownNameError: There is neither such a model nor such a folder.
+        UnknownNameError: There is neither such a model nor such a folder, or it has no such weights.
         CheckpointError: The folder holds no readable model.
     """
-    if weights not in WEIGHT_FILES:
-        raise unknown_name("weights", weights, WEIGHT_FILES)
     folder = _folder_of(source)
     config = read_config(folder)
-    path = folder / WEIGHT_FILES[weights]
+    known = {**WEIGHT_FILES, **dict.fromkeys(averages_in(folder))}
+    if weights not in known:
+        raise unknown_name("weights", weights, known)
+    path = folder / weights_file(weights)
     if not path.exists():
         raise CheckpointError(
             f"{folder} has no {weights} weights ({path.name}); "

@@ -4,13 +4,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fewstep import process as processes
 from fewstep.training.batches import Batches
 from fewstep.training.randomness import BatchOrder, generator, seed_of
 
 
 def _batches(images, config) -> Batches:
-    return Batches(images, processes.from_dict(config.process), config, torch.device("cpu"))
+    return Batches(images, config.objective(), config, torch.device("cpu"))
 
 
 def test_a_batch_depends_on_seed_and_step_alone(images, make_config):

@@ -90,3 +90,13 @@ def test_network_sees_times_in_steps(make_config, process, scale):
 def test_network_options_win_over_what_is_fitted(make_config):
     config = make_config(process={"name": "flow"}, network_options={"time_scale": 10.0})
     assert config.network_config(channels=1, num_classes=0).time_scale == 10
+
+
+def test_settings_from_before_these_objectives_mean_what_they_meant(make_config):
+    old = make_config().to_dict()
+    for name in ("times", "stratified", "weight", "learned_variance", "ema_more", "ema_widths"):
+        del old[name]
+    assert TrainingConfig.from_dict(old).differences(make_config()) == []
+    objective = TrainingConfig.from_dict(old).objective()
+    assert objective.weight.is_simple and objective.times.settings == {"name": "uniform"}
+    assert not (objective.times.stratified or objective.learned_variance)

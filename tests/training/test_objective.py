@@ -5,7 +5,8 @@ import torch
 
 from fewstep import process as processes
 from fewstep.training import pixelwise_loss, prediction_loss
-from fewstep.training.objective import drop_labels, uniform_times
+from fewstep.training.objective import drop_labels
+from fewstep.training.times import uniform_times
 
 COUNT = 2048  # times 64 pixels: the mean of squared normals is known to 0.4 %
 

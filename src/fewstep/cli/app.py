@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from fewstep import __version__
+from fewstep.cli.average import average
 from fewstep.cli.data import data
 from fewstep.cli.demo import demo
 from fewstep.cli.doctor import doctor
@@ -47,6 +48,7 @@ def _root(
 for command in (
     sample,
     train,
+    average,
     tune,
     data,
     evaluate,

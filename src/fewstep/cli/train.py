@@ -31,8 +31,13 @@ PLAIN_LINE_SECONDS = 10.0
 OVERFIT_STEPS = 200
 OVERFIT_FALL = 0.5
 
-JSON_SETTINGS = {"network_options": "{}", "process": "vp_linear"}
-"""Settings that are typed as JSON, with their defaults; for the process a name will do."""
+JSON_SETTINGS = {
+    "network_options": "{}",
+    "process": "vp_linear",
+    "times": "uniform",
+    "weight": "simple",
+}
+"""Settings that are typed as JSON, with their defaults; where the default is a name, a name will do."""
 
 
 def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -43,6 +48,8 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
         setting, kind, default = settings[field.name], kinds[field.name], field.default
         if field.name in JSON_SETTINGS:
             kind, default = str, JSON_SETTINGS[field.name]
+        if kind == tuple[float, ...]:  # an option that may be given several times
+            kind, default = list[float], []
         if default is dataclasses.MISSING:
             declared = typer.Argument(help=setting.help)
             default = inspect.Parameter.empty
@@ -122,11 +129,14 @@ def train(
 
 def _read_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     """Turn what was typed into what the settings take."""
-    process = options["process"]
     return {
         **options,
-        "network_options": _json_object("--network-options", options["network_options"]),
-        "process": _json_object("--process", process) if "{" in process else {"name": process},
+        **{
+            name: _json_object(_flag(name), options[name])
+            if "{" in options[name] + default  # where the default is a name, a name will do
+            else {"name": options[name]}
+            for name, default in JSON_SETTINGS.items()
+        },
     }
 
 

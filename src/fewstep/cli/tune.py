@@ -62,7 +62,10 @@ def tune(
         ),
     ] = None,
     weights: Annotated[
-        str, typer.Option(help="ema (averaged) or raw; raw only for training runs.")
+        str,
+        typer.Option(
+            help="ema (averaged); of training runs also raw, or a further average: ema-0.9999."
+        ),
     ] = "ema",
     device: Annotated[str, typer.Option(help="cpu, cuda, mps...")] = "cpu",
 ) -> None:

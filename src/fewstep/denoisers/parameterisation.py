@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from fewstep.errors import InvalidInputError, unknown_name
 from fewstep.process import Level
+
+Number = TypeVar("Number", float, Tensor)
 
 SIGMA_DATA = 0.5
 """Standard deviation of the data that EDM networks are preconditioned for."""
@@ -81,19 +83,32 @@ class Parameterisation:
                 f"a network that predicts {self.predicts} says nothing about the data at level {level}; "
                 "start from a level with alpha > 0, or use a network that predicts velocity, flow or data"
             )
-        a, b = TARGETS[self.predicts](level.alpha, level.sigma)
-        determinant = level.alpha * b - level.sigma * a
-        return b / determinant, -level.sigma / determinant
+        return self.estimate_of(level.alpha, level.sigma)
 
     def input_scale(self, level: Level) -> float:
         """What x is multiplied with before the network sees it."""
-        if self.predicts != "edm":
-            return 1.0
-        return 1.0 / math.hypot(SIGMA_DATA * level.alpha, level.sigma)
+        return self.input_of(level.t, level.alpha, level.sigma)[0]
 
     def time(self, level: Level) -> float:
         """What the network is told as time."""
-        return math.log(level.ratio) / 4 if self.predicts == "edm" else level.t
+        return self.input_of(level.t, level.alpha, level.sigma)[1]
+
+    def estimate_of(self, alpha: Number, sigma: Number) -> tuple[Number, Number]:
+        """The numbers (skip, out) of `D = skip x + out F`, for one level or a float64 tensor of many."""
+        a, b = TARGETS[self.predicts](alpha, sigma)
+        determinant = alpha * b - sigma * a
+        return b / determinant, -sigma / determinant
+
+    def input_of(self, t: Number, alpha: Number, sigma: Number) -> tuple[Any, Any]:
+        """What x is multiplied with before the network sees it, and what the network is told as time.
+
+        For edm `1 / sqrt((SIGMA_DATA alpha)^2 + sigma^2)` and `ln(sigma / alpha) / 4`, else 1 and t.
+        """
+        if self.predicts != "edm":
+            return 1.0, t
+        ratio = sigma / alpha
+        log_ratio = ratio.log() if isinstance(ratio, Tensor) else math.log(ratio)
+        return ((SIGMA_DATA * alpha) ** 2 + sigma**2) ** -0.5, log_ratio / 4
 
 
 def training_target(

@@ -70,6 +70,10 @@ class Process(ABC):
         """Time at a (fractional) index of the training table; index 0 is least noisy, `training_steps - 1` noisiest."""
         return self.t_min + (self.t_max - self.t_min) * index / (self.training_steps - 1)
 
+    def table_index(self, t: Tensor) -> Tensor:
+        """Inverse of `table_time`."""
+        return (t - self.t_min) / (self.t_max - self.t_min) * (self.training_steps - 1)
+
     def log_snr(self, t: Number) -> Number:
         """`log(alpha / sigma)` at time t."""
         return _like(t, self._log_snr(self._checked(t)))

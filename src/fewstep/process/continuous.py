@@ -77,6 +77,11 @@ class EDM(Process):
     def table_time(self, index: float) -> float:
         return self.t_min * (self.t_max / self.t_min) ** (index / (self.training_steps - 1))
 
+    def table_index(self, t: Tensor) -> Tensor:
+        return (
+            (t / self.t_min).log() / math.log(self.t_max / self.t_min) * (self.training_steps - 1)
+        )
+
     def _log_snr(self, t: Tensor) -> Tensor:
         return -t.log()
 

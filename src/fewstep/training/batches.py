@@ -8,10 +8,9 @@ import torch
 from torch import Tensor
 
 from fewstep.data import ImageSet
-from fewstep.process import Process
 from fewstep.training.augmentation import augmented
 from fewstep.training.config import TrainingConfig
-from fewstep.training.objective import drop_labels, uniform_times
+from fewstep.training.objective import Objective, drop_labels
 from fewstep.training.randomness import BatchOrder, generator
 
 
@@ -46,7 +45,7 @@ class Batches:
 
     Args:
         images: The data, held as bytes.
-        process: Its training times are drawn from.
+        objective: Says how times are drawn.
         config: The settings.
         device: Where the images and the noise go; times stay on the CPU.
         rows: The images to train on, by number; None: all.
@@ -55,12 +54,12 @@ class Batches:
     def __init__(
         self,
         images: ImageSet,
-        process: Process,
+        objective: Objective,
         config: TrainingConfig,
         device: torch.device,
         rows: Tensor | None = None,
     ) -> None:
-        self.images, self.process, self.config, self.device = images, process, config, device
+        self.images, self.objective, self.config, self.device = images, objective, config, device
         self._rows = torch.arange(len(images)) if rows is None else rows
         self._order = BatchOrder(len(self._rows), config.batch_size, config.seed)
 
@@ -84,7 +83,7 @@ class Batches:
                 labels, config.label_dropout, self.images.num_classes, random("label dropout")
             ).to(self.device)
         noise = torch.randn(x0.shape, generator=random("noise"))
-        t = uniform_times(self.process, len(x0), random("times"))
+        t = self.objective.draw_times(len(x0), random("times"))
         order = torch.channels_last
         return Batch(
             x0.to(self.device, memory_format=order),

@@ -11,7 +11,11 @@ from fewstep import process as processes
 from fewstep.errors import InvalidInputError, unknown_name
 from fewstep.networks import UNetConfig, presets
 from fewstep.training.augmentation import WIDTH as AUGMENT_WIDTH
+from fewstep.training.loss_weights import WEIGHTS
+from fewstep.training.named import full_form
+from fewstep.training.objective import Objective
 from fewstep.training.settings import (
+    Each,
     Number,
     Numbers,
     OneOf,
@@ -20,10 +24,21 @@ from fewstep.training.settings import (
     check_settings,
     settings_of,
 )
+from fewstep.training.times import TIMES
 
-PREDICTIONS = ("noise", "data", "velocity", "flow")
+PREDICTIONS = ("noise", "data", "velocity", "flow", "edm")
 PRECISIONS = ("auto", "float32", "bfloat16")
 DECAYS = ("cosine", "constant")
+TIMES_HELP = (
+    f"How times are drawn: {', '.join(TIMES.names())}, or JSON: "
+    '\'{"name": "log_normal", "mean": -1.2}\'.'
+)
+WEIGHT_HELP = (
+    f"How much each noise level counts: {', '.join(WEIGHTS.names())}, or JSON: "
+    '\'{"name": "min_snr", "gamma": 5}\'.'
+)
+GREATEST_WIDTH = 0.28
+"""Of a power function that rises, in `ema_widths`; an even average over the whole run has 0.289."""
 
 
 @dataclass(frozen=True)
@@ -115,11 +130,30 @@ class TrainingConfig:
     predicts: Annotated[
         str,
         Setting(
-            "What the network outputs: noise, data, velocity or flow.",
+            "What the network outputs: noise, data, velocity, flow, or edm (preconditioned).",
             OneOf(PREDICTIONS),
             "Objective",
         ),
     ] = "noise"
+    times: Annotated[
+        Mapping[str, Any],
+        Setting(TIMES_HELP, group="Objective"),
+    ] = field(default_factory=lambda: {"name": "uniform"})
+    stratified: Annotated[
+        bool,
+        Setting("Spread the times of a batch evenly over their distribution.", group="Objective"),
+    ] = False
+    weight: Annotated[
+        Mapping[str, Any],
+        Setting(WEIGHT_HELP, group="Objective"),
+    ] = field(default_factory=lambda: {"name": "simple"})
+    learned_variance: Annotated[
+        bool,
+        Setting(
+            "Learn the variance of the reverse steps too: twice the channels come out.",
+            group="Objective",
+        ),
+    ] = False
     steps: Annotated[
         int, Setting("Updates of the weights in all.", Whole(1), "Weights", decides=False)
     ] = 10_000
@@ -163,6 +197,20 @@ class TrainingConfig:
             "Share of the averaged weights kept in each step, below 1.", Number(0, 1), "Weights"
         ),
     ] = 0.999
+    ema_more: Annotated[
+        tuple[float, ...],
+        Setting(
+            "Decays of further averages, kept beside the first.", Each(Number(0, 1)), "Weights"
+        ),
+    ] = ()
+    ema_widths: Annotated[
+        tuple[float, ...],
+        Setting(
+            "Further averages by EDM2's power function: widths as share of the run, such as 0.1.",
+            Each(Number(0, GREATEST_WIDTH, open_low=True)),
+            "Weights",
+        ),
+    ] = ()
     precision: Annotated[
         str,
         Setting(
@@ -190,18 +238,37 @@ class TrainingConfig:
         check_settings(self)
         object.__setattr__(self, "betas", tuple(self.betas))
         object.__setattr__(self, "process", processes.from_dict(self.process).to_dict())
+        for name, registry in (("times", TIMES), ("weight", WEIGHTS)):
+            object.__setattr__(self, name, full_form(registry, getattr(self, name)))
+        for name in ("ema_more", "ema_widths"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        self.objective()
         self.network_config(channels=self.channels or 1, num_classes=0)
+
+    def objective(self) -> Objective:
+        """Return the loss that these settings ask for."""
+        return Objective(
+            processes.from_dict(self.process),
+            self.predicts,
+            self.times,
+            self.weight,
+            self.stratified,
+            self.learned_variance,
+        )
 
     def network_config(self, channels: int, num_classes: int) -> UNetConfig:
         """Return the network for images of so many channels and classes.
 
-        Processes whose time ends at 1 get ``time_scale = 1000``, for the time embedding counts in steps.
+        Processes whose time ends at 1 get ``time_scale = 1000``, for the time embedding counts in steps; networks that
+        predict edm get 250, for their time ``ln(sigma / alpha) / 4`` runs over 2.4 to 2.7 on common processes.
         """
+        ends_at_one = processes.from_dict(self.process).t_max <= 1
         fitted = {
             "in_channels": channels,
             "num_classes": num_classes,
             "augment_width": AUGMENT_WIDTH if self.augment else 0,
-            "time_scale": 1000.0 if processes.from_dict(self.process).t_max <= 1 else 1.0,
+            "time_scale": 250.0 if self.predicts == "edm" else 1000.0 if ends_at_one else 1.0,
+            "out_channels": 2 * channels if self.learned_variance else None,
         }
         return presets()[self.network].config.replace(**{**fitted, **self.network_options})
 
@@ -213,8 +280,9 @@ class TrainingConfig:
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain data, ready for JSON."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        plain = {"betas": list(self.betas), "network_options": dict(self.network_options)}
-        return {**fields, **plain, "process": dict(self.process)}
+        lists = {name: list(getattr(self, name)) for name in ("betas", "ema_more", "ema_widths")}
+        mappings = ("network_options", "process", "times", "weight")
+        return {**fields, **lists, **{name: dict(getattr(self, name)) for name in mappings}}
 
     @classmethod
     def from_dict(cls, settings: Mapping[str, Any]) -> TrainingConfig:

@@ -36,3 +36,37 @@ def average_decay(decay: float, step: int) -> float:
     (0.1, 0.999)
     """
     return min(decay, (1 + step) / (10 + step))
+
+
+def power_exponent(width: float) -> float:
+    """Return the gamma > 0 of the power-function average ``t^gamma`` of a width, its standard deviation over t.
+
+    ``width^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3))``; the positive root is found by halving.
+
+    Args:
+        width: In (0, 0.28], a share of the length of the run; even weights have 0.289.
+
+    Source: Karras et al. 2024, arXiv:2312.02696, section 3.1.
+
+    >>> round(power_exponent(0.1), 2), round(power_exponent(0.05), 2)
+    (6.94, 16.97)
+    """
+    low, high = 0.0, 1.0 / width
+    for _ in range(100):
+        gamma = (low + high) / 2
+        found = math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
+        low, high = (gamma, high) if found > width else (low, gamma)
+    return low
+
+
+def power_decay(width: float, step: int) -> float:
+    """Return the weight of the old average in step k of a power-function average: ``(k / (k + 1))^(gamma + 1)``.
+
+    Then weights of step j count as ``j^gamma``, whatever the length of the run, and the first ones not at all.
+
+    Source: Karras et al. 2024, arXiv:2312.02696, equation 3.
+
+    >>> power_decay(0.1, 0)
+    0.0
+    """
+    return (step / (step + 1)) ** (power_exponent(width) + 1)

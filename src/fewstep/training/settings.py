@@ -82,6 +82,22 @@ class Numbers:
 
 
 @dataclass(frozen=True)
+class Each:
+    """Any count of different numbers, none too, each of one range."""
+
+    each: Number
+
+    def check(self, name: str, value: object) -> None:
+        """Refuse other values, by the name of the setting."""
+        if not isinstance(value, list | tuple) or len(set(value)) < len(value):
+            raise InvalidInputError(
+                f"{name} = {value!r} is not allowed; give a list of different numbers"
+            )
+        for number in value:
+            self.each.check(name, number)
+
+
+@dataclass(frozen=True)
 class Setting:
     """What a field of the settings means.
 
@@ -93,7 +109,7 @@ class Setting:
     """
 
     help: str
-    allowed: Whole | Number | OneOf | Numbers | None = None
+    allowed: Whole | Number | OneOf | Numbers | Each | None = None
     group: str = "Run"
     decides: bool = True
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,16 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fewstep.checkpoints import load_tensors, save_json, save_tensors
 from fewstep.errors import CheckpointError
-from fewstep.models import CONFIG_FILE, WEIGHT_FILES, ModelConfig, fill, read_config
+from fewstep.models import (
+    CONFIG_FILE,
+    WEIGHT_FILES,
+    ModelConfig,
+    fill,
+    read_config,
+    weights_file,
+)
 from fewstep.training.config import TrainingConfig
-from fewstep.training.rates import average_decay, learning_rate
+from fewstep.training.rates import average_decay, learning_rate, power_decay
 
 OPTIMISER_FILE = "optimiser.safetensors"
 
@@ -29,6 +37,8 @@ class TrainingState:
 
     Attributes:
         average: A second network that holds the exponential moving average of the weights.
+        more: Networks that hold the further averages, by name: ``ema-`` and a decay, ``power-`` and a width. Each takes
+            as much memory as the weights, and a pass over them in each step.
         step: Updates that are done.
     """
 
@@ -37,6 +47,8 @@ class TrainingState:
         self.step = 0
         self.network = network.train()
         self.average = copy.deepcopy(network).eval().requires_grad_(False)
+        self._decays: dict[str, Callable[[int], float]] = further_averages(config)
+        self.more = {name: copy.deepcopy(self.average) for name in self._decays}
         self._parameters = dict(network.named_parameters())
         self._averaged: list[Tensor] = list(self.average.parameters())
         self.optimiser = torch.optim.AdamW(
@@ -61,6 +73,9 @@ class TrainingState:
         self.optimiser.zero_grad(set_to_none=True)
         move_average = get_ema_multi_avg_fn(average_decay(config.ema_decay, self.step))
         move_average(self._averaged, parameters, self.step)
+        for name, decay in self._decays.items():
+            averaged: list[Tensor] = list(self.more[name].parameters())
+            get_ema_multi_avg_fn(decay(self.step))(averaged, parameters, self.step)
         self.step += 1
         return norm
 
@@ -72,6 +87,8 @@ class TrainingState:
         """
         save_tensors(folder / WEIGHT_FILES["ema"], self.average.state_dict())
         save_tensors(folder / WEIGHT_FILES["raw"], self.network.state_dict())
+        for name, network in self.more.items():
+            save_tensors(folder / weights_file(name), network.state_dict())
         save_tensors(folder / OPTIMISER_FILE, self._optimiser_tensors())
         save_json(folder / CONFIG_FILE, model.to_dict())
 
@@ -88,8 +105,11 @@ class TrainingState:
                 "but training cannot go on from it: use an earlier checkpoint"
             )
         average, raw = (load_tensors(folder / WEIGHT_FILES[kind]) for kind in ("ema", "raw"))
+        more = {name: load_tensors(folder / weights_file(name)) for name in self.more}
         memory = load_tensors(folder / OPTIMISER_FILE)
         fill(self.average, average, folder / WEIGHT_FILES["ema"])
+        for name, network in self.more.items():
+            fill(network, more[name], folder / weights_file(name))
         fill(self.network, raw, folder / WEIGHT_FILES["raw"])
         self._fill_optimiser(memory, folder / OPTIMISER_FILE)
         self.step = step
@@ -114,6 +134,17 @@ class TrainingState:
             # In the memory order of the weights, so that every later update rounds as if nothing had happened.
             own = torch.empty_like(parameter).copy_(value) if value.ndim else value
             self.optimiser.state[parameter][key] = own
+
+
+def further_averages(config: TrainingConfig) -> dict[str, Callable[[int], float]]:
+    """Return the averages of a run beside the first: by name, the share of the old average kept in step k.
+
+    >>> list(further_averages(TrainingConfig(data="mnist-1000", ema_more=(0.99,), ema_widths=(0.1,))))
+    ['ema-0.99', 'power-0.1']
+    """
+    decays = {f"ema-{decay:.10g}": partial(average_decay, decay) for decay in config.ema_more}
+    widths = {f"power-{width:.10g}": partial(power_decay, width) for width in config.ema_widths}
+    return {**decays, **widths}
 
 
 def _groups(parameters: Iterable[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

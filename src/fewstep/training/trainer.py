@@ -32,7 +32,7 @@ from fewstep.training.facts import Step, Window
 from fewstep.training.gradients import Gradients
 from fewstep.training.held_out import HeldOut, held_out_error, split_rows
 from fewstep.training.log import Log
-from fewstep.training.objective import pixelwise_loss, prediction_loss
+from fewstep.training.objective import pixelwise_loss
 from fewstep.training.precision import autocast, compute_type
 from fewstep.training.preparation import (
     check_for_training,
@@ -123,8 +123,9 @@ class Trainer:
         self.findings = check_for_training(self.images)
         self.device = usable_device(device)
         self.process = processes.from_dict(config.process)
+        self.objective = config.objective()
         self.pixelwise_loss = pixelwise_loss(
-            self.process, pixel_variance(self.images), config.predicts
+            self.process, pixel_variance(self.images), objective=self.objective
         )
         self._data = describe(self.images)
         self._log = Log(self.folder / LOG_FILE)
@@ -133,7 +134,7 @@ class Trainer:
         self.state = (self._restored() if resume else None) or self._new_state(self.model)
         self._has_dropout = _has_dropout(self.state.network)
         self.rows, self.held_out_rows = split_rows(len(self.images), config.held_out, config.seed)
-        self._batches = Batches(self.images, self.process, config, self.device, self.rows)
+        self._batches = Batches(self.images, self.objective, config, self.device, self.rows)
         self._gradients = Gradients(
             self.state.network,
             self._loss,
@@ -257,15 +258,7 @@ class Trainer:
         given = {"labels": batch.labels, "augment": batch.augment}
         conditions = {name: value for name, value in given.items() if value is not None}
         with autocast(self.config.precision, self.device):
-            return prediction_loss(
-                self.state.network,
-                self.process,
-                batch.x0,
-                batch.noise,
-                batch.t,
-                self.config.predicts,
-                **conditions,
-            )
+            return self.objective(self.state.network, batch.x0, batch.noise, batch.t, **conditions)
 
     def _prepare_folder(self) -> None:
         remove_leftovers(self.folder / CHECKPOINTS)
