@@ -1,4 +1,4 @@
-"""Write docs/samplers.md and docs/schedulers.md from the registries, so that they say what the code does.
+"""Write docs/samplers.md, docs/schedulers.md and the table in docs/training.md, so that they say what the code does.
 
 `python tools/make_docs.py` writes the pages; with `--check` it only says which differ, and then exits with status 1.
 """
@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import inspect
 import re
@@ -21,6 +22,8 @@ from fewstep.samplers import SAMPLERS, SamplerEntry, plan
 from fewstep.samplers.registry import Family
 from fewstep.schedulers import SCHEDULERS, Grid, karras, make_grid
 from fewstep.testing import measured_order
+from fewstep.training import TrainingConfig
+from fewstep.training.settings import GROUPS, settings_of
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 NOTE = (
@@ -216,6 +219,55 @@ PAGES: dict[str, Callable[[], str]] = {
 }
 
 
+SETTINGS_BEGIN = "<!-- settings: written by tools/make_docs.py -->"
+SETTINGS_END = "<!-- end of settings -->"
+
+
+def training_page() -> str:
+    """The page on training as it stands, with the table of settings between its marks renewed."""
+    before, _, rest = (DOCS / "training.md").read_text(encoding="utf-8").partition(SETTINGS_BEGIN)
+    after = rest.partition(SETTINGS_END)[2]
+    return f"{before}{SETTINGS_BEGIN}\n\n{settings_table()}\n{SETTINGS_END}{after}"
+
+
+def settings_table() -> str:
+    """The settings of a training run by group, in the order of the command's help."""
+    settings = settings_of(TrainingConfig)
+    fields = {field.name: field for field in dataclasses.fields(TrainingConfig)}
+    rows = [
+        (
+            _settings_name(name, fields[name]),
+            _settings_default(fields[name]),
+            setting.help,
+            setting.advice,
+        )
+        for group in GROUPS
+        for name, setting in settings.items()
+        if setting.group == group
+    ]
+    return markdown_table(("setting", "default", "what it means", "sensible values"), rows)
+
+
+def _settings_name(name: str, field: dataclasses.Field[Any]) -> str:
+    needed = field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    return f"`{name.upper()}`" if needed else f"`--{name.replace('_', '-')}`"
+
+
+def _settings_default(field: dataclasses.Field[Any]) -> str:
+    made = field.default_factory
+    value = field.default if made is dataclasses.MISSING else made()
+    if value is dataclasses.MISSING or value is None or value == {}:
+        return ""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, Mapping):
+        value = value["name"]
+    return f"`{' '.join(map(str, value)) if isinstance(value, tuple) else value}`"
+
+
+PAGES["training.md"] = training_page
+
+
 def markdown_table(columns: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
     """A Markdown table; a vertical bar inside a cell is escaped."""
     lines = [columns, ["---"] * len(columns), *rows]
@@ -328,7 +380,7 @@ def main() -> int:
         if path.exists() and path.read_text(encoding="utf-8") == text:
             continue
         if arguments.check:
-            print(f"{path} differs from the registry; run: python tools/make_docs.py")
+            print(f"{path} differs from the code; run: python tools/make_docs.py")
             status = 1
         else:
             path.write_text(text, encoding="utf-8")

@@ -154,6 +154,20 @@ def only_writer(folder: Path) -> Iterator[None]:
         yield
 
 
+def has_writer(folder: Path) -> bool:
+    """Say whether a living process holds a folder, see `only_writer`; False where that cannot be known."""
+    if fcntl is None:
+        return False
+    try:
+        with (folder / _LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def _rename_over(temporary: Path, path: Path) -> None:
     """Rename a folder onto a name that may be taken: a full folder cannot be replaced in a single system call."""
     if not path.exists():

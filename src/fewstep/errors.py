@@ -34,6 +34,10 @@ class CheckpointError(FewstepError, OSError):
     """A checkpoint that cannot be read or written."""
 
 
+class MemoryLimitError(FewstepError, MemoryError):
+    """A batch needs more memory than there is; says which batch would fit."""
+
+
 class CheckFailedError(FewstepError, AssertionError):
     """A conformance check of `fewstep.testing` found a fault."""
 

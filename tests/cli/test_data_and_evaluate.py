@@ -103,7 +103,7 @@ def test_evaluate_uses_the_images_that_the_run_kept_away(folder, tmp_path, monke
     results = tmp_path / "results"
     assert run(monkeypatch, "evaluate", str(out), *words, "--out", str(results)) == 0
     said = capsys.readouterr().out
-    assert "10 images of each kind" in said and "32 principal components" in said
+    assert "10 images of each kind" in said and "pixel PCA" in said
     record = json.loads((results / "evaluation.json").read_text())
     assert record["images"] == 10 and record["copies"]["share of held-out images"] == 0
     losses = record["losses"]
@@ -121,7 +121,7 @@ def test_evaluate_uses_the_images_that_the_run_kept_away(folder, tmp_path, monke
 def test_evaluate_digits(tmp_path, monkeypatch, capsys):
     words = ("--data", "mnist-1000", "--n", "2", "--steps", "1", "--levels", "1")
     assert run(monkeypatch, "evaluate", "digits", *words, "--out", str(tmp_path)) == 0
-    assert "digit classifier" in capsys.readouterr().out
+    assert "in digit classifier features" in capsys.readouterr().out
     record = json.loads((tmp_path / "evaluation.json").read_text())
     assert list(record["losses"]) == ["training"]
 

@@ -11,7 +11,7 @@ import torch
 import fewstep as fs
 from fewstep.data import ImageSet
 from fewstep.errors import DataError, InvalidInputError
-from fewstep.metrics import frechet_distance, loss_by_level, nearest_images, pixel_distance
+from fewstep.metrics import loss_by_level, nearest_images
 
 
 @pytest.mark.parametrize(
@@ -110,14 +110,3 @@ def test_neighbours_refuse_what_does_not_fit():
         nearest_images(torch.zeros(1, 1, 4, 4), image_set())
     with pytest.raises(DataError, match="two training images"):
         nearest_images(torch.zeros(1, 3, 4, 4), image_set(1))
-
-
-def test_pixel_distance_is_that_of_all_pixels_where_these_are_few():
-    generator = torch.Generator().manual_seed(0)
-    pixels = torch.randint(0, 256, (400, 1, 4, 4), generator=generator).byte()
-    reference = ImageSet(pixels[:200])
-    other = ImageSet(pixels[200:]).batch(range(200))[0] * 0.8 + 0.1
-    real = reference.batch(range(200))[0]
-    direct = frechet_distance(other.flatten(1).double() / 4, real.flatten(1).double() / 4)
-    assert pixel_distance(other, reference) == pytest.approx(direct, rel=1e-6)
-    assert pixel_distance(real, reference) == pytest.approx(0, abs=1e-9)

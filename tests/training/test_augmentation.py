@@ -188,4 +188,4 @@ def test_held_out_images_are_never_trained_on(images, make_config, tmp_path):
     (first, second) = (run[-1].held_out for run in facts)
     assert first.seen == second.seen and first.unseen != second.unseen
     last = list(Log(tmp_path / "one" / "log.jsonl").entries())[-1]
-    assert last["held_out"] == {"seen": first.seen, "unseen": first.unseen}
+    assert (last["error_seen"], last["error_unseen"]) == first

@@ -41,7 +41,11 @@ def test_process_is_written_out_in_full(make_config):
         {"betas": (0.9,)},
         {"betas": (0.9, 1.0)},
         {"precision": "float8"},
-        {"decay": "linear"},
+        {"decay": "linera"},
+        {"cooldown_share": 0.0},
+        {"decay_after": -1},
+        {"measure_every": -1},
+        {"measure_images": 1},
         {"predicts": "nose"},
         {"network": "smal"},
         {"network_options": {"chanels": [8]}},
@@ -74,7 +78,7 @@ def test_settings_without_data_are_refused():
 
 def test_differences_name_what_decides_the_weights_only(make_config):
     one, two = make_config(seed=1, steps=5, data="a"), make_config(seed=2, steps=9, data="b")
-    assert one.differences(two) == ["seed: 1, not 2"]
+    assert one.differences(two) == ["seed: 2 before, 1 now"]
     assert one.differences(make_config(seed=1)) == []
 
 

@@ -48,7 +48,7 @@ def test_state_follows_the_closed_forms(make_config):
     raw = [network.weight.detach().clone()]
     for _ in range(8):
         network.weight.grad = torch.tensor([[1.0, -1.0, 1.0]], dtype=torch.float64)
-        state.update()
+        state.update(torch.zeros(()))
         raw.append(network.weight.detach().clone())
 
     rates = torch.tensor([learning_rate(config, k) for k in range(8)], dtype=torch.float64)
@@ -74,7 +74,7 @@ def test_weight_decay_spares_vectors(make_config):
     state = TrainingState(network, config)
     for parameter in network.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    state.update()
+    state.update(torch.zeros(()))
     torch.testing.assert_close(network.weight, before * (1 - 0.1 * 0.5))
     assert network.bias.tolist() == [1.0, 1.0]
 
@@ -89,5 +89,65 @@ def test_long_gradients_are_shortened(make_config, clip, length):
     state.optimiser.register_step_pre_hook(
         lambda *_: seen.append(float(network.weight.grad.norm()))
     )
-    assert float(state.update()) == pytest.approx(5.0)
+    assert float(state.update(torch.zeros(()))) == pytest.approx(5.0)
     assert seen == pytest.approx([length], rel=1e-5)
+
+
+def test_linear_falls_from_peak_to_zero(make_config):
+    config = make_config(learning_rate=0.3, warmup_steps=10, steps=110, decay="linear")
+    assert [learning_rate(config, k) for k in (10, 35, 60, 110)] == pytest.approx(
+        [0.3, 0.225, 0.15, 0.0]
+    )
+
+
+def test_inverse_sqrt_is_that_of_the_transformer(make_config):
+    """Vaswani et al., equation 3: d^-0.5 min(k^-0.5, k warmup^-1.5), here with the peak as its scale."""
+    config = make_config(learning_rate=0.3, warmup_steps=16, steps=999, decay="inverse_sqrt")
+    for k in (1, 7, 16, 17, 64, 900):
+        expected = 0.3 * 16**0.5 * min(k**-0.5, k * 16**-1.5)
+        assert learning_rate(config, k - 1) == pytest.approx(expected)
+
+
+def test_inverse_sqrt_after_a_plateau(make_config):
+    """Karras et al. 2024, equation 67: alpha_ref / sqrt(max(t / t_ref, 1))."""
+    config = make_config(
+        learning_rate=0.3, warmup_steps=0, steps=999, decay="inverse_sqrt", decay_after=100
+    )
+    assert [learning_rate(config, k - 1) for k in (1, 100, 400, 900)] == pytest.approx(
+        [0.3, 0.3, 0.15, 0.1]
+    )
+
+
+@pytest.mark.parametrize("decay", ["cooldown", "linear_cooldown"])
+def test_cooldowns_stay_then_fall_over_the_last_share(make_config, decay):
+    config = make_config(
+        learning_rate=0.3, warmup_steps=0, steps=200, decay=decay, cooldown_share=0.5
+    )
+    assert {learning_rate(config, k) for k in range(101)} == {0.3}
+    for k in (116, 125, 164, 200):
+        done = (k - 100) / 100
+        left = 1 - math.sqrt(done) if decay == "cooldown" else 1 - done
+        assert learning_rate(config, k) == pytest.approx(0.3 * left)
+
+
+@pytest.mark.global_rng
+def test_the_memory_order_of_a_gradient_does_not_matter(make_config):
+    """The fused optimiser walks through memory; parameters and gradients have to lie alike."""
+    from fewstep.training.batches import Batch
+    from fewstep.training.gradients import Gradients
+
+    network = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+    coefficients = torch.randn(4, 3, 3, 3)
+    gradients = Gradients(
+        network, lambda _: (network.weight * coefficients).sum(), 1, threaded=False
+    )
+    x = torch.zeros(2, 3, 4, 4)
+    gradients(Batch(x, x, torch.zeros(2), None))
+    assert network.weight.grad is not None
+    assert network.weight.grad.stride() == network.weight.stride()
+    before = network.weight.detach().clone()
+    config = make_config(learning_rate=0.1, warmup_steps=0, weight_decay=0.0, decay="constant")
+    TrainingState(network, config).update(torch.zeros(()))
+    torch.testing.assert_close(
+        network.weight, before - 0.1 * coefficients.sign(), rtol=0, atol=1e-4
+    )

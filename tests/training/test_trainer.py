@@ -13,7 +13,7 @@ import torch
 import fewstep.checkpoints
 from fewstep.checkpoints import load_tensors
 from fewstep.data import ImageSet, read_metadata
-from fewstep.errors import CheckpointError, DataError, InvalidInputError, NonFiniteError
+from fewstep.errors import CheckpointError, DataError, InvalidInputError
 from fewstep.models import checkpoints_of, load
 from fewstep.training import Trainer, run
 from fewstep.training.log import Log
@@ -144,7 +144,9 @@ def test_threads_are_given_back(images, make_config, tmp_path):
 
 def test_other_settings_are_refused_by_name(images, make_config, tmp_path):
     train(make_config(), tmp_path, images, steps=1)
-    with pytest.raises(InvalidInputError, match=r"learning_rate: 0.02, not 0.01.*another folder"):
+    with pytest.raises(
+        InvalidInputError, match=r"learning_rate: 0.01 before, 0.02 now.*--force.*another folder"
+    ):
         train(make_config(learning_rate=0.02), tmp_path, images)
 
 
@@ -228,15 +230,6 @@ def test_two_runs_cannot_share_a_folder(images, make_config, tmp_path):
     with pytest.raises(CheckpointError, match="another process"):
         train(make_config(), tmp_path, images)
     assert len(list(facts)) == 6
-
-
-def test_a_loss_that_is_not_finite_ends_the_run(images, make_config, tmp_path):
-    config = make_config(learning_rate=1e30, warmup_steps=0, checkpoint_every=1, log_every=4)
-    with pytest.raises(NonFiniteError, match=r"step 2.*lower learning rate"):
-        train(config, tmp_path, images)
-    newest = checkpoints_of(tmp_path)[-1]
-    assert newest.name == "step-00000001"
-    assert all(w.isfinite().all() for w in load_tensors(newest / "raw.safetensors").values())
 
 
 def test_images_that_cannot_be_trained_on(images, make_config, tmp_path):

@@ -15,6 +15,7 @@ from fewstep.cli.evaluate import evaluate
 from fewstep.cli.export import export
 from fewstep.cli.info import info
 from fewstep.cli.listing import samplers, schedulers
+from fewstep.cli.runs import runs
 from fewstep.cli.sample import sample
 from fewstep.cli.statistics import statistics
 from fewstep.cli.train import train
@@ -49,6 +50,7 @@ for command in (
     sample,
     train,
     average,
+    runs,
     tune,
     data,
     evaluate,

@@ -15,22 +15,18 @@ from torch import Tensor
 
 from fewstep.checkpoints import save_json
 from fewstep.cli.loading import load_with_progress
-from fewstep.data import ImageSet, save_image
+from fewstep.data import ImageSet, save_image, to_uint8
 from fewstep.errors import InvalidInputError
 from fewstep.metrics import (
     COPY_RATIO,
     LevelLoss,
-    digit_distance,
     loss_by_level,
     nearest_images,
-    pixel_distance,
 )
 from fewstep.models import Model, load
 from fewstep.sampling import sample
 from fewstep.training.held_out import split_rows
-
-DIGITS = "Fréchet distance to MNIST's test images, features of the bundled digit classifier"
-PIXELS = "Fréchet distance to the training images, 32 principal components of their pixels"
+from fewstep.training.measuring import Ruler
 
 
 def evaluate(
@@ -57,6 +53,10 @@ def evaluate(
     images = _load(trained, data)
     seen, unseen = _sets(trained, images, None if held_out is None else _load(trained, held_out))
     count = min(n, len(seen), len(unseen) if unseen is not None else n)
+    if count < 2:
+        raise InvalidInputError(
+            f"{count} images to measure on; give at least 2 with --data and --held-out"
+        )
     errors = {"training": _errors(trained, seen, count, levels, seed)}
     if unseen is not None:
         errors["held out"] = _errors(trained, unseen, count, levels, seed)
@@ -91,22 +91,16 @@ def evaluate(
         typer.echo(
             f"  the same of {count} held-out images: {real.copies:.0%}, median ratio {real.ratios.median():.2f}"
         )
-    kind, measure = (
-        (DIGITS, digit_distance)
-        if trained.shape == (1, 28, 28) and trained.class_names == tuple("0123456789")
-        else (PIXELS, lambda x: pixel_distance(x, seen))
-    )
-    real_images = (seen if unseen is None else unseen).batch(
-        _spread(seen if unseen is None else unseen, count)
-    )[0]
-    record["distance"] = {
-        "kind": kind,
-        "samples": measure(samples),
-        "real images": measure(real_images),
+    ruler = Ruler(seen, 2, "training images")
+    real_images = seen if unseen is None else unseen
+    distances = {
+        "samples": ruler.distance(to_uint8(samples)),
+        "real images": ruler.distance(real_images.images[_spread(real_images, count)]),
     }
-    distance = record["distance"]
+    record["distance"] = {"in": ruler.name, **distances}
     typer.echo(
-        f"{kind}: {distance['samples']:.3g} for {n} samples, {distance['real images']:.3g} for {count} real images"
+        f"Fréchet distance to the training images in {ruler.name} features: {distances['samples']:.3g} of {n} samples, "
+        f"{distances['real images']:.3g} of {count} {'training' if unseen is None else 'held-out'} images"
     )
     save_image(out / "neighbours.png", found.sheet(seen), {"model": trained.name, "seed": seed})
     save_json(out / "evaluation.json", _without_nan(record))

@@ -96,6 +96,12 @@ def train(
             f"{OVERFIT_STEPS} steps, nothing is saved.",
         ),
     ] = False,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force", help="Go on with a run although its settings or images were others."
+        ),
+    ] = False,
     **settings: Any,
 ) -> None:
     """Train a model on images. Started again on the same folder, it goes on where it was."""
@@ -103,7 +109,7 @@ def train(
 
     config = TrainingConfig(**_read_settings(settings))
     images = load_with_progress(config.data, **config.loading())
-    trainer = Trainer(config, out, images=images, device=device, resume=not overfit)
+    trainer = Trainer(config, out, images=images, device=device, resume=not overfit, force=force)
     _introduce(trainer)
     report_skipped(images, None if overfit else out)
     if overfit:
@@ -165,6 +171,8 @@ def _introduce(trainer: Trainer) -> None:
         typer.echo(f"{len(trainer.held_out_rows)} of the images are kept from training")
     for finding in trainer.findings:
         typer.echo(f"Warning: {finding.message}", err=True)
+    for change in trainer.changes:
+        typer.echo(f"Changed: {change}")
     if state.step:
         typer.echo(f"Going on after step {state.step} of {trainer.config.steps}")
 
@@ -175,7 +183,18 @@ def _captions(images: ImageSet) -> str:
 
 
 def _report(fact: Step, trainer: Trainer) -> None:
-    """Say what was written, and whether pictures can be expected to show anything yet."""
+    """Say what was skipped, measured and written, and whether pictures can be expected to show anything yet."""
+    if fact.skipped:
+        typer.echo(
+            f"step {fact.step}: {fact.skipped} steps were skipped, their loss or gradient being NaN or infinite; "
+            f"the learning rate is at {trainer.state.guard.factor:g} of its plan"
+        )
+    if fact.measurement is not None:
+        measured = fact.measurement
+        typer.echo(
+            f"step {fact.step}: distance {measured.distance:.4g} in {measured.features} features, of "
+            f"{measured.samples} samples to {measured.reference} (data themselves: {measured.floor:.4g})"
+        )
     if fact.preview is None:
         return
     typer.echo(f"step {fact.step}: samples in {fact.preview}")
@@ -195,7 +214,7 @@ def _try_one_batch(trainer: Trainer, steps: int) -> None:
     losses = [fact.loss for fact in _with_progress(trainer.overfit(steps), trainer)]
     first, last = losses[0], sum(losses[-5:]) / len(losses[-5:])
     typer.echo(f"One batch, {len(losses)} steps: the loss went from {first:.4f} to {last:.4f}")
-    if last > OVERFIT_FALL * first:
+    if not last <= OVERFIT_FALL * first:
         typer.echo(
             "It should fall to less than half. Try a higher --learning-rate or a larger --network, or look at "
             "the data: something does not fit."

@@ -12,7 +12,6 @@ from fewstep.metrics.digits import (
 from fewstep.metrics.frechet import FeatureStatistics, frechet_distance
 from fewstep.metrics.levels import LevelLoss, loss_by_level
 from fewstep.metrics.neighbours import COPY_RATIO, Neighbours, nearest_images
-from fewstep.metrics.pixels import pixel_distance
 
 __all__ = [
     "COPY_RATIO",
@@ -27,5 +26,4 @@ __all__ = [
     "load_classifier",
     "loss_by_level",
     "nearest_images",
-    "pixel_distance",
 ]

@@ -81,13 +81,13 @@ class Batches:
         if labels is not None:
             labels = drop_labels(
                 labels, config.label_dropout, self.images.num_classes, random("label dropout")
-            ).to(self.device)
+            ).to(self.device, non_blocking=True)
         noise = torch.randn(x0.shape, generator=random("noise"))
         t = self.objective.draw_times(len(x0), random("times"))
         order = torch.channels_last
         return Batch(
-            x0.to(self.device, memory_format=order),
-            noise.to(self.device, memory_format=order),
+            x0.to(self.device, memory_format=order, non_blocking=True),
+            noise.to(self.device, memory_format=order, non_blocking=True),
             t,
             labels,
             augment,

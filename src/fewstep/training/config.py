@@ -28,7 +28,7 @@ from fewstep.training.times import TIMES
 
 PREDICTIONS = ("noise", "data", "velocity", "flow", "edm")
 PRECISIONS = ("auto", "float32", "bfloat16")
-DECAYS = ("cosine", "constant")
+DECAYS = ("cosine", "constant", "linear", "inverse_sqrt", "cooldown", "linear_cooldown")
 TIMES_HELP = (
     f"How times are drawn: {', '.join(TIMES.names())}, or JSON: "
     '\'{"name": "log_normal", "mean": -1.2}\'.'
@@ -92,6 +92,7 @@ class TrainingConfig:
             "Share of images kept from training, 0 to 0.5, to measure what it does to new ones.",
             Number(0, 0.5, open_high=False),
             "Images",
+            advice="With each sheet the error on them is logged, see [Few images](few-images.md)",
         ),
     ] = 0.0
     augment: Annotated[
@@ -100,15 +101,24 @@ class TrainingConfig:
             "Probability, 0 to 1, of each augmentation that the network is told of; for few images.",
             Number(0, 1, open_high=False),
             "Images",
+            advice="0.1 to 0.3; see [Few images](few-images.md)",
         ),
     ] = 0.0
-    horizontal_flip: Annotated[bool, Setting("Mirror half of the images.", group="Images")] = False
+    horizontal_flip: Annotated[
+        bool,
+        Setting(
+            "Mirror half of the images.",
+            group="Images",
+            advice="Good for photographs, wrong for digits and text",
+        ),
+    ] = False
     label_dropout: Annotated[
         float,
         Setting(
             "Share of images shown without label, 0 to 1, for guidance.",
             Number(0, 1, open_high=False),
             "Images",
+            advice="0 if you never want guidance",
         ),
     ] = 0.1
     network: Annotated[
@@ -125,6 +135,10 @@ class TrainingConfig:
         Setting(
             'Forward process: a name, or JSON: \'{"name": "vp_cosine", "steps": 500}\'.',
             group="Objective",
+            advice=(
+                "[A process](models.md#its-process) by name or as JSON. `vp_cosine` adds noise more "
+                "gently, which suits images of 64x64 and below (Nichol, Dhariwal 2021)"
+            ),
         ),
     ] = field(default_factory=lambda: {"name": "vp_linear"})
     predicts: Annotated[
@@ -133,6 +147,10 @@ class TrainingConfig:
             "What the network outputs: noise, data, velocity, flow, or edm (preconditioned).",
             OneOf(PREDICTIONS),
             "Objective",
+            advice=(
+                "`velocity` and `flow` stay well defined at pure noise, so take one of these with zero "
+                "terminal SNR"
+            ),
         ),
     ] = "noise"
     times: Annotated[
@@ -155,28 +173,87 @@ class TrainingConfig:
         ),
     ] = False
     steps: Annotated[
-        int, Setting("Updates of the weights in all.", Whole(1), "Weights", decides=False)
+        int,
+        Setting(
+            "Updates of the weights in all.",
+            Whole(1),
+            "Weights",
+            decides=False,
+            advice=(
+                "Small grey images look right after thousands, photographs of 32x32 after tens to "
+                "hundreds of thousands"
+            ),
+        ),
     ] = 10_000
-    batch_size: Annotated[int, Setting("Images per step.", Whole(1), "Weights")] = 128
+    batch_size: Annotated[
+        int,
+        Setting(
+            "Images per step.",
+            Whole(1),
+            "Weights",
+            advice=(
+                "Less memory with less; below 32 the gradient gets noisy, so lower the learning rate "
+                "too"
+            ),
+        ),
+    ] = 128
     learning_rate: Annotated[
-        float, Setting("Peak learning rate of AdamW.", Number(0, open_low=True), "Weights")
+        float,
+        Setting(
+            "Peak learning rate of AdamW.",
+            Number(0, open_low=True),
+            "Weights",
+            advice=(
+                "1e-3 for tiny networks, 2e-4 for `ddpm-cifar10`. If the loss jumps or steps are "
+                "skipped, halve it"
+            ),
+        ),
     ] = 5e-4
     warmup_steps: Annotated[
         int,
-        Setting("Steps over which the learning rate rises from zero.", Whole(0), "Weights"),
+        Setting(
+            "Steps over which the learning rate rises from zero.",
+            Whole(0),
+            "Weights",
+            advice="1000 or more for large networks",
+        ),
     ] = 200
     decay: Annotated[
         str,
         Setting(
-            "Learning rate afterwards: cosine (falls to zero) or constant.",
+            "Learning rate afterwards: cosine or linear (fall to zero), constant, inverse_sqrt, cooldown or "
+            "linear_cooldown (constant, then a fall to zero).",
             OneOf(DECAYS),
             "Weights",
+            advice=(
+                "`constant` or `inverse_sqrt` for runs whose end is not known yet; a cooldown can be "
+                "added to one later, see below"
+            ),
         ),
     ] = "cosine"
+    decay_after: Annotated[
+        int,
+        Setting(
+            "Steps after which inverse_sqrt falls; 0: the warm-up's.",
+            Whole(0),
+            "Weights",
+        ),
+    ] = 0
+    cooldown_share: Annotated[
+        float,
+        Setting(
+            "Share of all steps, the last ones, in which a cooldown falls.",
+            Number(0, 1, open_low=True, open_high=False),
+            "Weights",
+        ),
+    ] = 0.2
     weight_decay: Annotated[
         float,
         Setting(
-            "Decoupled weight decay of AdamW, of matrices and kernels alone.", Number(0), "Weights"
+            "Decoupled weight decay of AdamW, of matrices and kernels alone.",
+            Number(0),
+            "Weights",
+            advice="Rarely matters",
         ),
     ] = 0.01
     betas: Annotated[
@@ -194,7 +271,13 @@ class TrainingConfig:
     ema_decay: Annotated[
         float,
         Setting(
-            "Share of the averaged weights kept in each step, below 1.", Number(0, 1), "Weights"
+            "Share of the averaged weights kept in each step, below 1.",
+            Number(0, 1),
+            "Weights",
+            advice=(
+                "The average remembers about `1 / (1 - decay)` steps: 0.999 for thousands of steps, "
+                "0.9999 for hundreds of thousands"
+            ),
         ),
     ] = 0.999
     ema_more: Annotated[
@@ -211,27 +294,90 @@ class TrainingConfig:
             "Weights",
         ),
     ] = ()
+    start_from: Annotated[
+        str | None,
+        Setting(
+            "First weights: a model folder, a run or a bundled model, as far as its weights fit.",
+            group="Weights",
+            advice=(
+                "Averaged weights are taken; what does not fit in name and shape starts anew and is "
+                "listed"
+            ),
+        ),
+    ] = None
     precision: Annotated[
         str,
         Setting(
             "float32, bfloat16 (weights stay float32), or auto (bfloat16 where it is native).",
             OneOf(PRECISIONS),
             "Speed",
+            advice="Weights stay in float32",
         ),
     ] = "auto"
     parts: Annotated[
-        int, Setting("Parts of a batch, each with its own thread on a CPU.", Whole(1), "Speed")
+        int,
+        Setting(
+            "Parts of a batch, each with its own thread on a CPU.",
+            Whole(1),
+            "Speed",
+            advice="About the number of cores. Not used on an accelerator",
+        ),
     ] = 2
-    seed: Annotated[int, Setting("Decides every random number of the run.", Whole(0))] = 0
+    seed: Annotated[
+        int,
+        Setting(
+            "Decides every random number of the run.",
+            Whole(0),
+            advice="The first weights too",
+        ),
+    ] = 0
     checkpoint_every: Annotated[
-        int, Setting("Steps between checkpoints.", Whole(1), decides=False)
+        int,
+        Setting(
+            "Steps between checkpoints.",
+            Whole(1),
+            decides=False,
+            advice="Also at the end and on Ctrl-C. The newest two are kept",
+        ),
     ] = 500
     sample_every: Annotated[
-        int, Setting("Steps between sheets of samples; 0: none.", Whole(0), decides=False)
+        int,
+        Setting(
+            "Steps between sheets of samples; 0: none.",
+            Whole(0),
+            decides=False,
+            advice="One costs 2 x 50 network calls on 10 images",
+        ),
     ] = 1000
     log_every: Annotated[
         int, Setting("Steps between lines of the log.", Whole(1), decides=False)
     ] = 20
+    measure_every: Annotated[
+        int,
+        Setting(
+            "Steps between measured distances of samples to data; 0: none.",
+            Whole(0),
+            decides=False,
+            advice="Each costs 10 network calls on `measure_images` images, see below",
+        ),
+    ] = 0
+    measure_images: Annotated[
+        int,
+        Setting(
+            "Samples for each measured distance.",
+            Whole(2),
+            decides=False,
+            advice="Figures from different numbers of samples cannot be compared",
+        ),
+    ] = 500
+    tensorboard: Annotated[
+        bool,
+        Setting(
+            "Write event files for TensorBoard as well.",
+            decides=False,
+            advice="Needs `pip install 'fewstep[train]'`; then `tensorboard --logdir runs`",
+        ),
+    ] = False
 
     def __post_init__(self) -> None:
         """Check every value; bring process and betas into their full form."""
@@ -300,11 +446,11 @@ class TrainingConfig:
         return cls(**settings)
 
     def differences(self, other: TrainingConfig) -> list[str]:
-        """Return a line for each setting that decides the weights and differs: name, own value, other value."""
+        """Return a line for each setting that decides the weights and differs: name, the other's value, own value."""
         settings = settings_of(TrainingConfig)
         mine, theirs = self.to_dict(), other.to_dict()
         return [
-            f"{name}: {mine[name]!r}, not {theirs[name]!r}"
+            f"{name}: {theirs[name]!r} before, {mine[name]!r} now"
             for name in mine
             if settings[name].decides and mine[name] != theirs[name]
         ]

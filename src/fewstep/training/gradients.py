@@ -71,9 +71,16 @@ class Gradients:
             for gradient, addend in zip(total, more, strict=True):
                 gradient.add_(addend)
         for parameter, gradient in zip(self.parameters, total, strict=True):
-            parameter.grad = gradient
+            parameter.grad = _ordered_as(parameter, gradient)
         return torch.stack(losses).sum()
 
     def _gradient(self, piece: Batch, share: float) -> tuple[Tensor, Sequence[Tensor]]:
         loss = share * self.loss_of(piece)
         return loss.detach(), torch.autograd.grad(loss, self.parameters, materialize_grads=True)
+
+
+def _ordered_as(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient in the memory order of its parameter, which the fused optimiser takes for granted."""
+    if gradient.stride() == parameter.stride():
+        return gradient
+    return torch.empty_like(parameter).copy_(gradient)

@@ -28,6 +28,10 @@ class HeldOut(NamedTuple):
     seen: float
     unseen: float
 
+    def figures(self) -> dict[str, float]:
+        """Return what the log is told."""
+        return {"error_seen": self.seen, "error_unseen": self.unseen}
+
 
 def split_rows(count: int, share: float, seed: int) -> tuple[Tensor, Tensor]:
     """Return the numbers of the images to train on and of those kept away, both in rising order.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,17 +23,24 @@ class Log:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def append(self, entry: Mapping[str, Any]) -> None:
-        """Add a line.
+    def figures(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Add a line; JSON knows no NaN, so null stands for it.
 
         Raises:
             CheckpointError: It cannot be written.
         """
+        entry = {"step": step, **figures, "time": round(time.time(), 3)}
         try:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(dict(entry), allow_nan=False) + "\n")
+                file.write(json.dumps({k: _plain(v) for k, v in entry.items()}) + "\n")
         except OSError as error:
             raise _unwritable(self.path, error) from error
+
+    def sheet(self, step: int, path: Path) -> None:
+        """Write nothing: a sheet's file has the step in its name."""
+
+    def close(self) -> None:
+        """Do nothing: every line is on its own."""
 
     def entries(self) -> Iterator[dict[str, Any]]:
         """Read the lines; one that was cut short by a kill ends them."""
@@ -47,7 +56,7 @@ class Log:
                     return
                 yield entry
 
-    def cut_after(self, step: int) -> None:
+    def start(self, step: int) -> None:
         """Drop the lines of steps that a run is about to do again.
 
         Raises:
@@ -62,6 +71,10 @@ class Log:
             os.replace(temporary, self.path)
         except OSError as error:
             raise _unwritable(self.path, error) from error
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _unwritable(path: Path, error: OSError) -> CheckpointError:

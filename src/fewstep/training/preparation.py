@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from fewstep.data import Finding, ImageSet, check_images
 from fewstep.errors import DataError, InvalidInputError
 from fewstep.models import ModelConfig
+from fewstep.networks import UNet, UNetConfig
 from fewstep.training.config import TrainingConfig
 
 VARIANCE_IMAGES = 65_536
@@ -97,29 +98,59 @@ def describe(images: ImageSet) -> dict[str, Any]:
     }
 
 
-def require_same(
-    config: TrainingConfig, data: Mapping[str, Any], record: Mapping[str, Any], folder: Path
-) -> None:
-    """Refuse to go on with a run under other settings or on other images.
+def changes(
+    config: TrainingConfig, data: Mapping[str, Any], record: Mapping[str, Any]
+) -> list[str]:
+    """Return a line for everything that decides the weights and is not as it was: name, value before, value now.
 
     Args:
         config: The settings given now.
         data: The images given now, see `describe`.
         record: What the checkpoint says of its training.
+    """
+    found = config.differences(TrainingConfig.from_dict(record.get("settings", {})))
+    before = record.get("data", {})
+    if before.get("digest") != data["digest"]:
+        found.append(f"images: {_named(before)} before, {_named(data)} now, which are not those")
+    return found
+
+
+def require_same(found: Sequence[str], folder: Path) -> None:
+    """Refuse to go on with a run under other settings or on other images.
+
+    Args:
+        found: What differs, see `changes`.
         folder: The run, for the message.
 
     Raises:
-        InvalidInputError: Something that decides the weights differs; the message lists it.
+        InvalidInputError: Something differs; the message lists it.
     """
-    before = TrainingConfig.from_dict(record.get("settings", {}))
-    differing = config.differences(before)
-    if differing:
+    if found:
         raise InvalidInputError(
-            f"{folder} holds a run with other settings ({'; '.join(differing)}); give the same settings to go on "
-            "with it, or another folder to start anew"
+            f"{folder} holds a run with other settings ({'; '.join(found)}); give the same settings to go on with it, "
+            "--force to go on under the new ones, or another folder to start anew"
         )
-    if record.get("data", {}).get("digest") != data["digest"]:
+
+
+def require_shape(old: UNetConfig, new: UNetConfig, folder: Path) -> None:
+    """Refuse to put the weights of one network into a network of another shape.
+
+    Raises:
+        InvalidInputError: The shapes differ; the message says in which fields of the network.
+    """
+
+    def weights(config: UNetConfig) -> dict[str, torch.Size]:
+        with torch.device("meta"):
+            return {name: w.shape for name, w in UNet(config).state_dict().items()}
+
+    if weights(old) != weights(new):
+        before, now = old.to_dict(), new.to_dict()
+        fields = [f"{k}: {before[k]!r} before, {now[k]!r} now" for k in now if before[k] != now[k]]
         raise InvalidInputError(
-            f"the images of {data['source']} are not those that the run in {folder} was trained on; bring back the "
-            "same images to go on with it, or give another folder to start anew"
+            f"the network of the run in {folder} has another shape ({'; '.join(fields)}), so not even --force can "
+            f"go on with it; start anew in another folder, with --start-from {folder} for the weights that fit"
         )
+
+
+def _named(data: Mapping[str, Any]) -> str:
+    return f"{data.get('images', 'no')} of {data.get('source', 'unknown source')}"

@@ -10,10 +10,19 @@ from fewstep.training.config import TrainingConfig
 def learning_rate(config: TrainingConfig, step: int) -> float:
     """Return the learning rate of step k = 0, 1, ...
 
-    Rises linearly over ``warmup_steps``, ``(k + 1) / warmup_steps``; then stays, or falls as half a
-    cosine to zero, ``(1 + cos(pi u)) / 2`` with u = the share of the remaining steps that is done.
+    Rises linearly over ``warmup_steps``, ``(k + 1) / warmup_steps``; then, by ``decay``, with u the share of the
+    remaining steps that is done, and v the share of the last ``cooldown_share`` of all steps that is done::
 
-    Source: Loshchilov and Hutter 2016, arXiv:1608.03983; warm-up Goyal et al. 2017, arXiv:1706.02677.
+        constant         1
+        linear           1 - u
+        cosine           (1 + cos(pi u)) / 2
+        inverse_sqrt     1 / sqrt(max((k + 1) / decay_after, 1)); decay_after = 0 stands for the warm-up
+        cooldown         1 - sqrt(v)
+        linear_cooldown  1 - v
+
+    Source: warm-up Goyal et al. 2017, arXiv:1706.02677; cosine Loshchilov and Hutter 2016, arXiv:1608.03983;
+    inverse_sqrt Vaswani et al. 2017, arXiv:1706.03762, and with decay_after Karras et al. 2024,
+    arXiv:2312.02696; cooldowns Hägele et al. 2024, arXiv:2405.18392.
 
     >>> config = TrainingConfig(data="mnist-1000", learning_rate=1.0, warmup_steps=4, steps=12)
     >>> [round(learning_rate(config, k), 3) for k in (0, 3, 4, 8)]
@@ -21,10 +30,35 @@ def learning_rate(config: TrainingConfig, step: int) -> float:
     """
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
-    if config.decay == "constant":
-        return config.learning_rate
-    done = (step - config.warmup_steps) / max(1, config.steps - config.warmup_steps)
-    return config.learning_rate * (1 + math.cos(math.pi * min(1.0, done))) / 2
+    return config.learning_rate * _decayed(config, step)
+
+
+def _decayed(config: TrainingConfig, step: int) -> float:
+    """What is left of the peak in a step after the warm-up."""
+    match config.decay:
+        case "linear":
+            return 1 - _done(config, step, config.warmup_steps)
+        case "cosine":
+            return (1 + math.cos(math.pi * _done(config, step, config.warmup_steps))) / 2
+        case "inverse_sqrt":
+            reference = config.decay_after or max(1, config.warmup_steps)
+            return 1 / math.sqrt(max((step + 1) / reference, 1))
+        case "cooldown":
+            return 1 - math.sqrt(_done(config, step, _cooldown(config)))
+        case "linear_cooldown":
+            return 1 - _done(config, step, _cooldown(config))
+        case _:
+            return 1.0
+
+
+def _cooldown(config: TrainingConfig) -> int:
+    """The first step of the last share."""
+    return max(config.warmup_steps, round((1 - config.cooldown_share) * config.steps))
+
+
+def _done(config: TrainingConfig, step: int, first: int) -> float:
+    """The share of the steps from ``first`` to the end that is done, 0 to 1."""
+    return min(1.0, max(0.0, (step - first) / max(1, config.steps - first)))
 
 
 def average_decay(decay: float, step: int) -> float:

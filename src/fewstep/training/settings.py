@@ -106,12 +106,14 @@ class Setting:
         allowed: What values may be; None: checked elsewhere.
         group: One of `GROUPS`.
         decides: Whether the trained weights depend on it; a run goes on under other values of the rest.
+        advice: Sensible values, as markdown for the table of the docs.
     """
 
     help: str
     allowed: Whole | Number | OneOf | Numbers | Each | None = None
     group: str = "Run"
     decides: bool = True
+    advice: str = ""
 
 
 @functools.cache

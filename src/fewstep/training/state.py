@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from fewstep.checkpoints import load_tensors, save_json, save_tensors
 from fewstep.errors import CheckpointError
@@ -23,6 +22,7 @@ from fewstep.models import (
     weights_file,
 )
 from fewstep.training.config import TrainingConfig
+from fewstep.training.guard import Guard, follow
 from fewstep.training.rates import average_decay, learning_rate, power_decay
 
 OPTIMISER_FILE = "optimiser.safetensors"
@@ -39,12 +39,14 @@ class TrainingState:
         average: A second network that holds the exponential moving average of the weights.
         more: Networks that hold the further averages, by name: ``ema-`` and a decay, ``power-`` and a width. Each takes
             as much memory as the weights, and a pass over them in each step.
-        step: Updates that are done.
+        step: Updates that are done, skipped ones among them.
+        guard: Skips updates that are not finite, and counts them.
     """
 
     def __init__(self, network: nn.Module, config: TrainingConfig) -> None:
         self.config = config
         self.step = 0
+        self.guard = Guard()
         self.network = network.train()
         self.average = copy.deepcopy(network).eval().requires_grad_(False)
         self._decays: dict[str, Callable[[int], float]] = further_averages(config)
@@ -55,11 +57,21 @@ class TrainingState:
             _groups(self._parameters.values(), config.weight_decay),
             lr=config.learning_rate,
             betas=config.betas,
-            foreach=True,
+            fused=True,  # the one kind that can leave out a step without a wait for the device
         )
 
-    def update(self) -> Tensor:
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate of the next update."""
+        return learning_rate(self.config, self.step) * self.guard.factor
+
+    def update(self, loss: Tensor) -> Tensor:
         """Apply the gradients, update the average, count the step.
+
+        Where the loss or a gradient is not finite, weights, averages and the optimiser's memory stay as they are.
+
+        Args:
+            loss: The loss that the gradients belong to, shape ().
 
         Returns:
             Euclidean norm of the gradient before clipping, shape ().
@@ -67,16 +79,17 @@ class TrainingState:
         config = self.config
         parameters: list[Tensor] = list(self._parameters.values())
         norm = nn.utils.clip_grad_norm_(parameters, config.gradient_clip or float("inf"))
+        skip = self.guard.judge(loss, norm)
         for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(config, self.step)
+            group["lr"] = self.learning_rate
+        self.optimiser.found_inf = skip  # pyright: ignore[reportAttributeAccessIssue]
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
-        move_average = get_ema_multi_avg_fn(average_decay(config.ema_decay, self.step))
-        move_average(self._averaged, parameters, self.step)
+        follow(self._averaged, parameters, 1 - average_decay(config.ema_decay, self.step), skip)
         for name, decay in self._decays.items():
-            averaged: list[Tensor] = list(self.more[name].parameters())
-            get_ema_multi_avg_fn(decay(self.step))(averaged, parameters, self.step)
+            follow(list(self.more[name].parameters()), parameters, 1 - decay(self.step), skip)
         self.step += 1
+        self.guard.end_step(self.step)
         return norm
 
     def save(self, folder: Path, model: ModelConfig) -> None:
@@ -98,7 +111,8 @@ class TrainingState:
         Raises:
             CheckpointError: The checkpoint cannot be read or does not fit.
         """
-        step = read_config(folder).training.get("step")
+        record = read_config(folder).training
+        step = record.get("step")
         if not isinstance(step, int):
             raise CheckpointError(
                 f"{folder / CONFIG_FILE} does not say after which step it was saved; it can be sampled from, "
@@ -113,6 +127,7 @@ class TrainingState:
         fill(self.network, raw, folder / WEIGHT_FILES["raw"])
         self._fill_optimiser(memory, folder / OPTIMISER_FILE)
         self.step = step
+        self.guard.load(record.get("guard", {}))
 
     def _optimiser_tensors(self) -> dict[str, Tensor]:
         return {
@@ -132,8 +147,12 @@ class TrainingState:
                     "different runs: use an earlier checkpoint"
                 )
             # In the memory order of the weights, so that every later update rounds as if nothing had happened.
-            own = torch.empty_like(parameter).copy_(value) if value.ndim else value
-            self.optimiser.state[parameter][key] = own
+            own = (
+                torch.empty_like(parameter)
+                if value.ndim
+                else torch.empty_like(value, device=parameter.device)
+            )
+            self.optimiser.state[parameter][key] = own.detach().copy_(value)
 
 
 def further_averages(config: TrainingConfig) -> dict[str, Callable[[int], float]]:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import logging
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -26,24 +25,32 @@ from fewstep.models import (
     checkpoints_of,
     read_config,
 )
+from fewstep.training.ahead import Ahead
 from fewstep.training.batches import Batch, Batches
 from fewstep.training.config import TrainingConfig
 from fewstep.training.facts import Step, Window
 from fewstep.training.gradients import Gradients
+from fewstep.training.guard import Guard
 from fewstep.training.held_out import HeldOut, held_out_error, split_rows
+from fewstep.training.listeners import Board, Listeners
 from fewstep.training.log import Log
+from fewstep.training.measuring import Ruler
+from fewstep.training.memory import is_out_of_memory, memory_error
 from fewstep.training.objective import pixelwise_loss
 from fewstep.training.precision import autocast, compute_type
 from fewstep.training.preparation import (
+    changes,
     check_for_training,
     describe,
     fit_model,
     pixel_variance,
     require_same,
+    require_shape,
     usable_device,
 )
 from fewstep.training.previews import save_preview
 from fewstep.training.randomness import global_seed, seed_of
+from fewstep.training.starting import take_weights
 from fewstep.training.state import TrainingState
 
 SETTINGS_FILE = "training.json"
@@ -61,6 +68,7 @@ def run(
     images: ImageSet | None = None,
     device: str | torch.device | None = None,
     stop: Callable[[], bool] = lambda: False,
+    force: bool = False,
 ) -> Iterator[Step]:
     """Train a model in a folder, or go on with the training that the folder holds.
 
@@ -70,14 +78,16 @@ def run(
         images: The data; None: what ``config.data`` names.
         device: Where to train; None: CUDA if there is any, else the CPU.
         stop: Asked after every step; once it says True, a checkpoint is saved and the run ends.
+        force: Go on with a run under other settings or on other data.
 
     Yields:
-        A `Step` every ``log_every`` steps, at every checkpoint and preview, and at the end.
+        A `Step` every ``log_every`` steps, at every checkpoint, preview and measurement, and at the end.
 
     Raises:
         InvalidInputError: The folder holds a run with other settings or other data.
         DataError: The images cannot be trained on.
-        NonFiniteError: The loss became NaN or infinite; the last checkpoint is from before.
+        NonFiniteError: The loss or its gradient was NaN or infinite again and again; see `fewstep.training.guard`.
+        MemoryLimitError: A batch does not fit into memory; the message says which would.
         CheckpointError: Something cannot be read or written.
 
     >>> import tempfile
@@ -86,7 +96,7 @@ def run(
     ...     [step.step for step in run(config, folder)]
     [2]
     """
-    yield from Trainer(config, folder, images=images, device=device).steps(stop)
+    yield from Trainer(config, folder, images=images, device=device, force=force).steps(stop)
 
 
 class Trainer:
@@ -98,11 +108,13 @@ class Trainer:
         images: The data; None: what ``config.data`` names.
         device: Where to train; None: CUDA if there is any, else the CPU.
         resume: Whether to take over the newest readable checkpoint of the folder.
+        force: Whether to take it over even if settings or data are others.
 
     Attributes:
         state: Weights, optimiser and step; taken from the newest readable checkpoint if there is one.
         model: What is trained, as it will be saved.
-        findings: Warnings about the data.
+        findings: Warnings about the data, and about the weights that training starts from.
+        changes: What differs from the settings and data that the run was trained with so far.
         pixelwise_loss: A loss above this means that pictures are still noise, see `pixelwise_loss`.
     """
 
@@ -114,6 +126,7 @@ class Trainer:
         images: ImageSet | None = None,
         device: str | torch.device | None = None,
         resume: bool = True,
+        force: bool = False,
     ) -> None:
         self.config = config
         self.folder = Path(folder)
@@ -128,13 +141,17 @@ class Trainer:
             self.process, pixel_variance(self.images), objective=self.objective
         )
         self._data = describe(self.images)
-        self._log = Log(self.folder / LOG_FILE)
+        boards = [Board(self.folder)] if config.tensorboard else []
+        self._listeners = Listeners([Log(self.folder / LOG_FILE), *boards])
+        self._ruler: Ruler | None = None
         self._seconds = 0.0
+        self.changes: list[str] = []
         self.model = fit_model(config, self.images, self.folder.resolve().name)
-        self.state = (self._restored() if resume else None) or self._new_state(self.model)
+        self.state = (self._restored(force) if resume else None) or self._first_state()
         self._has_dropout = _has_dropout(self.state.network)
         self.rows, self.held_out_rows = split_rows(len(self.images), config.held_out, config.seed)
         self._batches = Batches(self.images, self.objective, config, self.device, self.rows)
+        self._ahead = Ahead(self._batches, config.steps)
         self._gradients = Gradients(
             self.state.network,
             self._loss,
@@ -154,16 +171,20 @@ class Trainer:
 
     def steps(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Step]:
         """Train until the last step, or until ``stop`` says True, and save; see `run`."""
-        with only_writer(self.folder), self._gradients:
+        guard = self.state.guard
+        with only_writer(self.folder), self._gradients, self._ahead, closing(self._listeners):
             self._prepare_folder()
             window = Window()
-            stopped = False
+            stopped = guard.is_exhausted
             while not (stopped or self.is_complete):
-                self._advance(self._batches[self.state.step], window)
-                stopped = stop()
+                rate = self.state.learning_rate
+                self._advance(self._ahead[self.state.step], window)
+                stopped = stop() or guard.is_exhausted
                 if self._has_news(stopped):
-                    yield self._fact(window, stopped)
+                    yield self._fact(window, rate, stopped)
                     window = Window()
+        if guard.is_exhausted:
+            raise guard.failure(self.state.step, self.config)
 
     def overfit(self, steps: int) -> Iterator[Step]:
         """Train on the first batch alone, noise and times included, and save nothing.
@@ -174,9 +195,9 @@ class Trainer:
         batch = self._batches[0]
         with self._gradients:
             for _ in range(steps):
-                window = Window()
+                window, rate = Window(), self.state.learning_rate
                 self._advance(batch, window)
-                yield window.fact(self.state.step, self.config)
+                yield window.fact(self.state.step, self.config, rate)
 
     def save(self) -> Path:
         """Write a checkpoint of the present state, then remove all but the newest two.
@@ -194,6 +215,7 @@ class Trainer:
                 "next_step": self.state.step,
                 "rule": "every draw is a function of (seed, purpose, step): see fewstep.training.randomness",
             },
+            "guard": self.state.guard.record(),
             "data": self._data,
             "settings": self.config.to_dict(),
         }
@@ -211,48 +233,64 @@ class Trainer:
 
     def _advance(self, batch: Batch, window: Window) -> None:
         """One step: gradient, update of the weights, update of their average."""
-        if self._has_dropout:
+        loss = self._gradient(batch)
+        if loss is None:  # here the error is gone, and with it the memory that its frames held
+            raise memory_error(self.config, self.state.network, self._loss, batch, self.device)
+        window.add(loss, self.state.update(loss))
+
+    def _gradient(self, batch: Batch) -> Tensor | None:
+        """Set the gradients and return the loss; None: there is too little memory."""
+        try:
+            if not self._has_dropout:
+                return self._gradients(batch)
             with global_seed(seed_of(self.config.seed, "dropout", self.state.step)):
-                loss = self._gradients(batch)
-        else:
-            loss = self._gradients(batch)
-        window.add(loss, self.state.update())
+                return self._gradients(batch)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return None
 
     def _is_due(self, every: int) -> bool:
         return every > 0 and (self.is_complete or self.state.step % every == 0)
 
     def _has_news(self, stopped: bool) -> bool:
         config = self.config
-        periods = (config.log_every, config.checkpoint_every, config.sample_every)
+        periods = (
+            config.log_every,
+            config.checkpoint_every,
+            config.sample_every,
+            config.measure_every,
+        )
         return stopped or any(self._is_due(every) for every in periods)
 
-    def _fact(self, window: Window, stopped: bool) -> Step:
-        """Log the window, then write what is due; a loss that is not finite ends the run before anything is written."""
-        fact = window.fact(self.state.step, self.config)
+    def _fact(self, window: Window, rate: float, stopped: bool) -> Step:
+        """Log the window before anything is saved: what a checkpoint has behind it, the log has as well."""
+        fact = window.fact(self.state.step, self.config, rate)
         self._seconds += window.seconds
         if self.config.held_out and self._is_due(self.config.sample_every):
             fact = dataclasses.replace(fact, held_out=self._held_out())
-        self._log.append(
-            {
-                "step": fact.step,
-                "loss": fact.loss,
-                "learning_rate": fact.learning_rate,
-                "gradient_norm": fact.gradient_norm,
-                "images_per_second": round(fact.images_per_second, 1),
-                "time": round(time.time(), 3),
-                **({} if fact.held_out is None else {"held_out": fact.held_out._asdict()}),
-            }
-        )
+        if self._is_due(self.config.measure_every):
+            measured = self._measuring().measure(self.state.average, self.model)
+            fact = dataclasses.replace(fact, measurement=measured)
+        self._listeners.figures(fact.step, fact.figures())
         if stopped or self._is_due(self.config.checkpoint_every):
             fact = dataclasses.replace(fact, checkpoint=self.save())
         if self._is_due(self.config.sample_every):
-            fact = dataclasses.replace(fact, preview=self.save_preview())
+            sheet = self.save_preview()
+            self._listeners.sheet(fact.step, sheet)
+            fact = dataclasses.replace(fact, preview=sheet)
         return fact
 
     def _held_out(self) -> HeldOut:
         """Measure the averaged weights on images seen and not seen; the same images, noise and levels every time."""
-        model = Model(copy.deepcopy(self.state.average), self.model)
+        model = Model(self.state.average, self.model)
         return held_out_error(model, self.images, self.rows, self.held_out_rows, self.config.seed)
+
+    def _measuring(self) -> Ruler:
+        """Return the ruler, which is made when it is first needed."""
+        if self._ruler is None:
+            self._ruler = Ruler(self.images, self.config.measure_images, "training images")
+        return self._ruler
 
     def _loss(self, batch: Batch) -> Tensor:
         given = {"labels": batch.labels, "augment": batch.augment}
@@ -265,27 +303,47 @@ class Trainer:
         save_json(
             self.folder / SETTINGS_FILE, {"settings": self.config.to_dict(), "data": self._data}
         )
-        self._log.cut_after(self.state.step)
+        self._listeners.start(self.state.step)
 
     def _new_state(self, model: ModelConfig) -> TrainingState:
         with global_seed(seed_of(self.config.seed, "weights", 0)):
             network = model.build_network()
         return TrainingState(network.to(self.device), self.config)
 
-    def _restored(self) -> TrainingState | None:
-        """Return the state of the newest readable checkpoint; its network counts, whatever became of the preset."""
+    def _first_state(self) -> TrainingState:
+        """Return the state before the first step."""
+        state = self._new_state(self.model)
+        if self.config.start_from is not None:
+            findings = take_weights(state.network, self.model, self.config.start_from)
+            self.findings += tuple(findings)
+            state.average.load_state_dict(state.network.state_dict())
+        return state
+
+    def _restored(self, force: bool) -> TrainingState | None:
+        """Return the state of the newest readable checkpoint; its network counts, whatever became of the preset.
+
+        Under other settings, if that is forced, the network is that of the settings, and the guard starts anew.
+        """
         failures: list[CheckpointError] = []
         for path in reversed(checkpoints_of(self.folder)):
             try:
                 saved = read_config(path)
-                require_same(self.config, self._data, saved.training, self.folder)
-                model = dataclasses.replace(self.model, network=saved.network)
+                found = changes(self.config, self._data, saved.training)
+                if not force:
+                    require_same(found, self.folder)
+                if found:
+                    require_shape(saved.network, self.model.network, self.folder)
+                network = self.model.network if found else saved.network
+                model = dataclasses.replace(self.model, network=network)
                 state = self._new_state(model)
                 state.load(path)
+                if found:
+                    state.guard = Guard()
             except CheckpointError as error:
                 failures.append(error)
                 logger.warning("%s; going back to the checkpoint before it", error)
                 continue
+            self.changes = found
             self.model, self._seconds = model, float(saved.training.get("seconds", 0.0))
             return state
         if failures:
