@@ -31,6 +31,7 @@ from fewstep.schedulers import Grid
 if TYPE_CHECKING:
     __version__: str
     from fewstep import data, integrations, metrics, networks, testing, training
+    from fewstep.bulk import sample_many
     from fewstep.models import Model, load
     from fewstep.sampling import Samples, sample
     from fewstep.tuning import Tuning, tune
@@ -40,6 +41,7 @@ _LATER = {
     "load": "models",
     "Samples": "sampling",
     "sample": "sampling",
+    "sample_many": "bulk",
     "Tuning": "tuning",
     "tune": "tuning",
     "data": "",
@@ -81,6 +83,7 @@ __all__ = [
     "plan",
     "process",
     "sample",
+    "sample_many",
     "samplers",
     "schedulers",
     "testing",

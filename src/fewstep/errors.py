@@ -38,6 +38,10 @@ class MemoryLimitError(FewstepError, MemoryError):
     """A batch needs more memory than there is; says which batch would fit."""
 
 
+class WorkerError(FewstepError, RuntimeError):
+    """A run on several workers cannot go on, because another worker has ended or failed."""
+
+
 class CheckFailedError(FewstepError, AssertionError):
     """A conformance check of `fewstep.testing` found a fault."""
 

@@ -20,7 +20,7 @@ import fewstep.process as processes
 from fewstep.checkpoints import load_json, load_tensors, save_json, save_tensors, write_folder
 from fewstep.denoisers import Denoiser
 from fewstep.errors import CheckpointError, InvalidInputError, unknown_name
-from fewstep.networks import UNet, UNetConfig
+from fewstep.networks import Network, NetworkConfig, build, config_from_dict, config_to_dict
 
 FORMAT, VERSION = "fewstep-model", 1
 CONFIG_FILE = "config.json"
@@ -28,8 +28,6 @@ WEIGHT_FILES = {"ema": "model.safetensors", "raw": "raw.safetensors"}
 AVERAGE_PREFIXES = ("ema-", "power-")
 CHECKPOINTS = "checkpoints"
 STEP_PREFIX = "step-"
-
-_NETWORKS = {"unet": (UNet, UNetConfig)}
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class ModelConfig:
         training: How it was trained, for the record.
     """
 
-    network: UNetConfig
+    network: NetworkConfig
     process: Mapping[str, Any]
     shape: tuple[int, int, int]
     predicts: str = "noise"
@@ -56,9 +54,9 @@ class ModelConfig:
     recommended: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
 
-    def build_network(self) -> UNet:
+    def build_network(self) -> Network[Any]:
         """Return the network with new weights, in channels-last memory order."""
-        network = UNet(self.network)
+        network = build(self.network)
         return network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
 
     def to_dict(self) -> dict[str, Any]:
@@ -72,7 +70,7 @@ class ModelConfig:
             "predicts": self.predicts,
             "process": dict(self.process),
             "recommended": dict(self.recommended),
-            "network": {"class": "unet", **self.network.to_dict()},
+            "network": config_to_dict(self.network),
             "training": dict(self.training),
         }
 
@@ -93,13 +91,9 @@ class ModelConfig:
                 "install a newer Fewstep"
             )
         try:
-            network = dict(content["network"])
-            kind = network.pop("class")
-            if kind not in _NETWORKS:
-                raise unknown_name("network class", kind, _NETWORKS)
             channels, height, width = (int(edge) for edge in content["shape"])
             return cls(
-                network=UNetConfig.from_dict(network),
+                network=config_from_dict(content["network"]),
                 process=processes.from_dict(content["process"]).to_dict(),
                 shape=(channels, height, width),
                 predicts=content["predicts"],

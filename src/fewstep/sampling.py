@@ -69,16 +69,18 @@ class Samples:
         if target.suffix and not os.fspath(path).endswith(("/", os.sep)):
             save_image(target, image_grid(self.images), self.record)
             return [target]
-        return save_folder(target, self.images, [self._record_of(k) for k in range(len(self))])
+        return save_folder(target, self.images, [self.record_of(k) for k in range(len(self))])
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def _record_of(self, k: int) -> dict[str, Any]:
+    def record_of(self, k: int) -> dict[str, Any]:
+        """The record of a single picture."""
+        each = ("seeds", "labels", "network_calls", "rejected_steps")
         own = {
             name: [self.record[name][k]]
-            for name in ("seeds", "labels")
-            if self.record[name] is not None
+            for name in each
+            if isinstance(self.record.get(name), list)
         }
         return {**self.record, **own}
 
@@ -151,26 +153,18 @@ def sample(
     )
     classes = [one_or_all] * n if isinstance(one_or_all, int) else one_or_all
     _check_labels(model, classes)
-    options = dict(sampler_options or {}), dict(scheduler_options or {})
-    if plan is None and not clip and not any(options) and (sampler, scheduler) == (AUTO, AUTO):
-        plan = _tuned(model, _one("steps", steps), guidance)
-    if plan is None:
-        grid = _grid(
-            USUAL_SCHEDULER if scheduler == AUTO else scheduler, model.process, steps, options[1]
-        )
-        plan = make_plan(USUAL_SAMPLER if sampler == AUTO else sampler, grid, **options[0])
-    elif sampler_options or scheduler_options:
-        raise InvalidInputError(
-            "a ready plan has its options in it; leave sampler_options and scheduler_options out"
-        )
-    if plan.process != model.process:
-        raise InvalidInputError(
-            f"the plan is for {plan.process}, the model has {model.process}; make the plan for the model's"
-        )
-    if batch_size is None:
-        size = 1 if isinstance(plan, EagerPlan) else _default_batch_size(shape)
-    else:
-        size = _one("batch_size", batch_size)
+    plan = choose_plan(
+        model,
+        sampler=sampler,
+        scheduler=scheduler,
+        steps=steps,
+        guidance=guidance,
+        clip=clip,
+        sampler_options=sampler_options,
+        scheduler_options=scheduler_options,
+        plan=plan,
+    )
+    size = usual_batch_size(plan, shape) if batch_size is None else _one("batch_size", batch_size)
     where = _device(model, device)
     Noise(seeds, ())  # a seed that cannot be used is refused before any picture is made
     denoiser = _conditioned(model, classes, guidance, where)
@@ -189,26 +183,83 @@ def sample(
     record = {
         "software": f"fewstep {version('fewstep')}",
         "model": model.name,
-        "sampler": plan.sampler,
-        "sampler_options": plan.options,
-        "scheduler": plan.scheduler,
-        "scheduler_options": plan.scheduler_options,
-        "steps": len(plan.levels) - 1,
+        **plan_record(plan),
         "network_calls": calls if isinstance(plan, EagerPlan) else plan.calls,
         "passes_per_call": denoiser.passes,
         "guidance": guidance,
         "clip": clip,
         "seeds": seeds,
         "labels": classes,
+    }
+    if isinstance(plan, EagerPlan):
+        record["rejected_steps"] = rejected
+    return Samples(torch.cat(images), _plain(record))
+
+
+def choose_plan(
+    model: BaseDenoiser,
+    *,
+    sampler: str | Callable[..., Any] = DEFAULT_SAMPLER,
+    scheduler: str | Callable[..., Grid] | Grid = DEFAULT_SCHEDULER,
+    steps: int = DEFAULT_STEPS,
+    guidance: float = 1.0,
+    clip: bool = False,
+    sampler_options: Mapping[str, Any] | None = None,
+    scheduler_options: Mapping[str, Any] | None = None,
+    plan: Plan | EagerPlan | None = None,
+) -> Plan | EagerPlan:
+    """Return the plan that `sample` runs with these arguments.
+
+    Raises:
+        InvalidInputError: Something does not fit together, or the plan does not fit the model.
+    """
+    options = dict(sampler_options or {}), dict(scheduler_options or {})
+    if plan is None and not clip and not any(options) and (sampler, scheduler) == (AUTO, AUTO):
+        plan = _tuned(model, _one("steps", steps), guidance)
+    if plan is None:
+        grid = _grid(
+            USUAL_SCHEDULER if scheduler == AUTO else scheduler, model.process, steps, options[1]
+        )
+        plan = make_plan(USUAL_SAMPLER if sampler == AUTO else sampler, grid, **options[0])
+    elif sampler_options or scheduler_options:
+        raise InvalidInputError(
+            "a ready plan has its options in it; leave sampler_options and scheduler_options out"
+        )
+    if plan.process != model.process:
+        raise InvalidInputError(
+            f"the plan is for {plan.process}, the model has {model.process}; make the plan for the model's"
+        )
+    return plan
+
+
+def plan_record(plan: Plan | EagerPlan) -> dict[str, Any]:
+    """Return what records say of a plan, as plain data."""
+    record = {
+        "sampler": plan.sampler,
+        "sampler_options": plan.options,
+        "scheduler": plan.scheduler,
+        "scheduler_options": plan.scheduler_options,
+        "steps": len(plan.levels) - 1,
         "times": [level.t for level in plan.levels],
         # The ratio of two float64 numbers may be off in its last digit.
         "sigma_over_alpha": [float(f"{level.ratio:.15g}") for level in plan.levels],
     }
-    if isinstance(plan, EagerPlan):
-        record["rejected_steps"] = rejected
-    elif OPTION in plan.options:  # names and options do not make such a plan again
+    if (
+        isinstance(plan, Plan) and OPTION in plan.options
+    ):  # names and options do not make such a plan again
         record["plan"] = plan.to_dict()
-    return Samples(torch.cat(images), _plain(record))
+    return _plain(record)
+
+
+def usual_batch_size(plan: Plan | EagerPlan, shape: Sequence[int]) -> int:
+    """Return how many pictures go through the network together by default.
+
+    Eight of 28x28, or as many as hold that many pixels; 1 with a sampler that may choose its steps by the data.
+    """
+    if isinstance(plan, EagerPlan):
+        return 1
+    pixels = math.prod(shape[1:])
+    return max(1, min(BATCH_SIZE, BATCH_SIZE * 28 * 28 // pixels))
 
 
 def _whole(name: str, value: Any) -> int | list[int]:
@@ -323,12 +374,6 @@ def _conditioned(
             "only a loaded model knows its null label; wrap this one in fewstep.ClassifierFree yourself"
         )
     return ClassifierFree(denoiser, guidance, null={"labels": model.num_classes})
-
-
-def _default_batch_size(shape: Sequence[int]) -> int:
-    """Eight pictures of 28x28, or as many as hold that many pixels."""
-    pixels = math.prod(shape[1:])
-    return max(1, min(BATCH_SIZE, BATCH_SIZE * 28 * 28 // pixels))
 
 
 def _batches(

@@ -36,17 +36,17 @@ def test_sample_writes_a_picture_with_its_settings(tiny, tmp_path, monkeypatch, 
 
 
 def test_sample_writes_single_files_that_equal_the_seed_alone(tiny, tmp_path, monkeypatch):
-    assert (
-        run(monkeypatch, "sample", tiny, "--n", "3", "--steps", "3", "--out", f"{tmp_path}/all/")
-        == 0
-    )
-    words = ["--seed", "2", "--steps", "3", "--out", f"{tmp_path}/one/"]
+    common = ["--steps", "3", "--format", "png", "--label", "none"]
+    words = [*common, "--n", "3", "--out", f"{tmp_path}/all/"]
+    assert run(monkeypatch, "sample", tiny, *words) == 0
+    words = [*common, "--seed", "2", "--out", f"{tmp_path}/one/"]
     assert run(monkeypatch, "sample", tiny, *words) == 0
     third, alone = (
-        np.asarray(Image.open(tmp_path / name)) for name in ("all/000002.png", "one/000000.png")
+        np.asarray(Image.open(tmp_path / name))
+        for name in ("all/00000/000002.png", "one/00000/000000.png")
     )
     assert np.array_equal(third, alone)
-    assert read_metadata(tmp_path / "all/000002.png")["seeds"] == [2]
+    assert read_metadata(tmp_path / "all/00000/000002.png")["seeds"] == [2]
 
 
 def test_hand_written_levels_are_run_as_given_and_recorded(tiny, tmp_path, monkeypatch):

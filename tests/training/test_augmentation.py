@@ -9,7 +9,7 @@ import torch
 
 from fewstep.data import ImageSet
 from fewstep.errors import InvalidInputError
-from fewstep.networks import UNet, UNetConfig
+from fewstep.networks import DiTConfig, UNetConfig, build
 from fewstep.training import Trainer
 from fewstep.training.augmentation import apply_augmentations, augmented, draw_augmentations
 from fewstep.training.held_out import split_rows
@@ -141,12 +141,19 @@ def test_distribution_of_the_numbers():
 
 
 @pytest.mark.global_rng
-def test_the_network_without_augmentation_is_that_with_zeros():
-    net = UNet(UNetConfig(in_channels=1, channels=(8, 8), groups=4, blocks=1, augment_width=9))
-    torch.nn.init.normal_(net.conv_out.weight)
-    for block in net.modules():
-        if hasattr(block, "conv2"):
-            torch.nn.init.normal_(block.conv2.weight, std=0.1)
+@pytest.mark.parametrize(
+    "config",
+    [
+        UNetConfig(in_channels=1, channels=(8, 8), groups=4, blocks=1, augment_width=9),
+        DiTConfig(in_channels=1, width=16, depth=2, heads=2, augment_width=9),
+    ],
+    ids=["unet", "dit"],
+)
+def test_the_network_without_augmentation_is_that_with_zeros(config):
+    net = build(config)
+    for name, weight in net.named_parameters():
+        if not name.startswith("augment"):
+            torch.nn.init.normal_(weight, std=0.3)
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3.0, 700.0])
     told = torch.ones(2, 9)
     assert torch.equal(net(x, t, augment=told), net(x, t))  # the map starts at zero
@@ -156,7 +163,7 @@ def test_the_network_without_augmentation_is_that_with_zeros():
     with pytest.raises(InvalidInputError, match=r"shape \(2, 9\)"):
         net(x, t, augment=torch.ones(2, 8))
     with pytest.raises(InvalidInputError, match="augment_width"):
-        UNet(UNetConfig(in_channels=1, channels=(8,), groups=4))(x, t, augment=told)
+        build(config.replace(augment_width=0))(x, t, augment=told)
 
 
 def test_the_network_learns_from_the_numbers(images, make_config, tmp_path):

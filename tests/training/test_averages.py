@@ -28,7 +28,7 @@ def averages_of_a_line(steps: int, **settings) -> dict[str, float]:
     network.weight.data.zero_()
     for _ in range(steps):
         network.weight.grad = torch.zeros(1, 1)
-        state.update()
+        state.update(torch.tensor(0.0))
     more = {name: float(average.weight) for name, average in state.more.items()}
     return {"ema": float(state.average.weight), **more}
 

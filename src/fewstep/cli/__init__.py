@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 
@@ -17,8 +18,15 @@ def main() -> None:
             warnings.showwarning = _show_warning
             app()
     except FewstepError as error:
-        print(f"fewstep: {error}", file=sys.stderr)
+        print(f"fewstep{_worker()}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InvalidInputError) else 1)
+
+
+def _worker() -> str:
+    """Which worker of a team speaks."""
+    return (
+        f" (worker {os.environ.get('RANK')})" if os.environ.get("WORLD_SIZE", "1") != "1" else ""
+    )
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -1,4 +1,4 @@
-"""`fewstep info`: what a model is, how it was trained, and which plans are tuned to it."""
+"""`fewstep info`: what a model is, how it was trained, which plans are tuned to it; and what networks cost."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from fewstep.cli.reading import json_object
+from fewstep.errors import InvalidInputError
 from fewstep.models import WEIGHT_FILES, Model, load
 from fewstep.tuned import TunedPlan, guidance_text, plans_of
 
@@ -22,12 +24,47 @@ SHOWN = 60
 
 def info(
     model: Annotated[
-        str,
+        str | None,
         typer.Argument(help="A bundled model such as digits, a model folder, or a training run."),
-    ],
+    ] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(
+            help="In place of a model: tell what a preset costs, or all of them with 'all'.",
+            rich_help_panel="Network",
+        ),
+    ] = None,
+    size: Annotated[
+        int | None,
+        typer.Option(
+            help="Edge of the images; by default what the preset is made for.",
+            rich_help_panel="Network",
+        ),
+    ] = None,
+    network_options: Annotated[
+        str,
+        typer.Option(
+            help="What differs from the preset, as JSON: '{\"channels\": [32, 64]}'.",
+            rich_help_panel="Network",
+        ),
+    ] = "{}",
+    batch_size: Annotated[
+        int, typer.Option(help="Images in a batch.", rich_help_panel="Network")
+    ] = 1,
     as_json: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
-    """Tell what a model is: images, process, network, training, and the plans that are tuned to it."""
+    """Tell what a model is, its process, network, training and tuned plans; or what a network costs."""
+    if (model is None) == (network is None):
+        raise InvalidInputError(
+            "give either a model, such as digits, or --network with a preset, such as --network small"
+        )
+    if model is None:
+        assert network is not None
+        from fewstep.cli.network_cost import show_networks  # for it needs much more of torch
+
+        options = json_object("--network-options", network_options)
+        show_networks(network, size, options, batch_size, as_json)
+        return
     facts = described(load(model))
     if as_json:
         typer.echo(json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False))

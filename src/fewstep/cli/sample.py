@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fewstep.bulk import TURNS
+from fewstep.cli.bulk import fill_folder, means
 from fewstep.errors import InvalidInputError
 from fewstep.models import Model, load
 from fewstep.plan import Plan
@@ -22,7 +26,8 @@ from fewstep.sampling import (
 )
 from fewstep.sampling import sample as make
 from fewstep.schedulers import Grid
-from fewstep.tuned import OPTION, mismatches
+from fewstep.team import Team
+from fewstep.tuned import mismatches
 
 
 def sample(
@@ -33,13 +38,25 @@ def sample(
     out: Annotated[
         str,
         typer.Option(
-            help="A picture of all images (.png keeps the settings), or a folder for single files."
+            help="A picture of all images (.png keeps the settings), or a folder, which gets shards of them and can "
+            "be gone on with."
         ),
     ] = "samples.png",
-    n: Annotated[int | None, typer.Option("--n", min=1, help="Number of images.")] = None,
+    n: Annotated[
+        int | None,
+        typer.Option(
+            "--n",
+            "--images",
+            min=1,
+            help="Number of images; torchrun takes the first form for its own.",
+        ),
+    ] = None,
     label: Annotated[
         str | None,
-        typer.Option(help="A class for all images, or one for each: 7, or 0,1,2; names work too."),
+        typer.Option(
+            help="A class for all images, or one for each: 7, or 0,1,2; names work too. In a folder a list takes "
+            "turns, as all classes do without it; none: no labels."
+        ),
     ] = None,
     steps: Annotated[int, typer.Option(min=1, help="Number of steps.")] = DEFAULT_STEPS,
     sampler: Annotated[
@@ -96,9 +113,26 @@ def sample(
         ),
     ] = "ema",
     device: Annotated[str, typer.Option(help="cpu, cuda, mps...")] = "cpu",
+    shard_size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images in a shard of a folder; by default 1000."),
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="Shards of a folder: npz (default), tar (WebDataset), or png (a sub-folder of single files)."
+        ),
+    ] = None,
 ) -> None:
     """Make images from noise."""
-    trained = load(model, device=device, weights=weights)
+    team = Team.launched()
+    into_folder = _is_folder(out)
+    if not into_folder and (shard_size is not None or format is not None or team.size > 1):
+        raise InvalidInputError(
+            f"--out {out} is a single picture; --shard-size, --format and several workers need a folder, such as "
+            "--out shards/"
+        )
+    trained = load(model, device=team.device(device) or device, weights=weights)
     labels = _labels(trained, label)
     grid = _grid(trained, sigmas, times)
     ready = None
@@ -111,29 +145,35 @@ def sample(
         ready = Plan.from_json(plan)
         for mismatch in mismatches(ready, trained.name, guidance):
             typer.echo(f"Warning: {mismatch}", err=True)
+    how = {
+        "sampler": sampler,
+        "scheduler": grid or scheduler,
+        "steps": steps,
+        "seed": seed,
+        "guidance": guidance,
+        "clip": clip,
+        "sampler_options": _options(sampler_option),
+        "scheduler_options": _options(scheduler_option),
+        "plan": ready,
+        "batch_size": batch_size,
+    }
+    if into_folder:
+        if n is None:
+            n = len(labels) if isinstance(labels, list) else 1
+        how["labels"] = TURNS if label is None else labels
+        fill_folder(trained, n, Path(out), shard_size or 1000, format or "npz", how, team)
+        return
     with calls_bar() as on_step:
-        samples = make(
-            trained,
-            n,
-            sampler=sampler,
-            scheduler=grid or scheduler,
-            steps=steps,
-            seed=seed,
-            labels=labels,
-            guidance=guidance,
-            clip=clip,
-            sampler_options=_options(sampler_option),
-            scheduler_options=_options(scheduler_option),
-            plan=ready,
-            batch_size=batch_size,
-            on_step=on_step,
-        )
+        samples = make(trained, n, labels=labels, on_step=on_step, **how)
     files = samples.save(out)
     record = samples.record
-    where = str(files[0]) if len(files) == 1 else f"{files[0]} .. {files[-1].name}"
     typer.echo(
-        f"{len(samples)} images with {_means(record)}, {_calls(record)} network calls each: {where}"
+        f"{len(samples)} images with {means(record)}, {_calls(record)} network calls each: {files[0]}"
     )
+
+
+def _is_folder(out: str) -> bool:
+    return out.endswith(("/", os.sep)) or not Path(out).suffix or Path(out).is_dir()
 
 
 @contextmanager
@@ -143,14 +183,6 @@ def calls_bar() -> Any:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("")
         yield lambda step: bar.update(task, completed=step.call, total=step.calls or None)
-
-
-def _means(record: dict[str, Any]) -> str:
-    """What pictures were made with."""
-    purpose = record["sampler_options"].get(OPTION)
-    if isinstance(purpose, dict) and "model" in purpose:
-        return f"the plan tuned for {purpose['model']}"
-    return f"{record['sampler']}/{record['scheduler']}"
 
 
 def _calls(record: dict[str, Any]) -> str:
@@ -163,7 +195,7 @@ def _calls(record: dict[str, Any]) -> str:
 
 
 def _labels(model: Model, text: str | None) -> int | list[int] | None:
-    if text is None:
+    if text is None or text == "none":
         return None
     names = {name: k for k, name in enumerate(model.class_names)}
     labels = [

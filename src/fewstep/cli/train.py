@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from fewstep.cli.launched import INTERRUPTED, clock, main_speaks, stop_on_signal
 from fewstep.cli.loading import load_with_progress, report_skipped
-from fewstep.errors import InvalidInputError
+from fewstep.cli.reading import json_object
+from fewstep.team import Team, leave
 from fewstep.training.config import TrainingConfig
 from fewstep.training.settings import settings_of
 
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
     from fewstep.data import ImageSet
     from fewstep.training import Step, Trainer
 
-INTERRUPTED = 130
 PLAIN_LINE_SECONDS = 10.0
 OVERFIT_STEPS = 200
 OVERFIT_FALL = 0.5
@@ -105,32 +102,48 @@ def train(
     **settings: Any,
 ) -> None:
     """Train a model on images. Started again on the same folder, it goes on where it was."""
+    config = TrainingConfig(**_read_settings(settings))
+    with main_speaks(Team.launched()):
+        interrupted = _train(config, out, device, overfit, force)
+    leave()
+    if interrupted:
+        raise typer.Exit(INTERRUPTED)
+
+
+def _train(
+    config: TrainingConfig, out: Path, device: str | None, overfit: bool, force: bool
+) -> bool:
+    """Train and tell of it; say whether it was interrupted."""
     from fewstep.training import Trainer
 
-    config = TrainingConfig(**_read_settings(settings))
     images = load_with_progress(config.data, **config.loading())
     trainer = Trainer(config, out, images=images, device=device, resume=not overfit, force=force)
     _introduce(trainer)
-    report_skipped(images, None if overfit else out)
+    report_skipped(images, out if trainer.group.is_main and not overfit else None)
     if overfit:
         _try_one_batch(trainer, min(config.steps, OVERFIT_STEPS))
-        return
+        return False
     if trainer.is_complete:
         typer.echo(
             f"All {trainer.state.step} steps are done already; give more --steps to go on. The model: {out}"
         )
-        return
-    with _stop_on_signal() as stopping:
+        return False
+    with stop_on_signal(trainer.group, "this step") as stopping:
         for fact in _with_progress(trainer.steps(stopping), trainer):
             _report(fact, trainer)
-        interrupted = stopping() and not trainer.is_complete
-    if interrupted:
-        typer.echo(
-            f"Stopped after step {trainer.state.step}; a checkpoint is saved. To go on, give the same command "
-            f"again:\n  {shlex.join(['fewstep', *sys.argv[1:]])}"
+    if not trainer.is_complete:
+        again = (
+            "give the same command again"
+            if trainer.group.size == 1
+            else "launch it again, on any number of workers"
         )
-        raise typer.Exit(INTERRUPTED)
+        typer.echo(
+            f"Stopped after step {trainer.state.step}; a checkpoint is saved. To go on, {again}:\n"
+            f"  {shlex.join(['fewstep', *sys.argv[1:]])}"
+        )
+        return True
     typer.echo(f"Done. Try: fewstep sample {out} --out grid.png")
+    return False
 
 
 def _read_settings(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,24 +151,12 @@ def _read_settings(options: Mapping[str, Any]) -> dict[str, Any]:
     return {
         **options,
         **{
-            name: _json_object(_flag(name), options[name])
+            name: json_object(_flag(name), options[name])
             if "{" in options[name] + default  # where the default is a name, a name will do
             else {"name": options[name]}
             for name, default in JSON_SETTINGS.items()
         },
     }
-
-
-def _json_object(option: str, text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise InvalidInputError(f"{option} {text!r} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise InvalidInputError(
-            f"{option} {text!r} is not a JSON object; give names and values, such as '{{\"name\": 1}}'"
-        )
-    return value
 
 
 def _introduce(trainer: Trainer) -> None:
@@ -166,6 +167,7 @@ def _introduce(trainer: Trainer) -> None:
         f"{len(images)} images of {width}x{height}, {channels} channel{'s' if channels > 1 else ''}, "
         f"{images.num_classes or 'no'} classes{_captions(images)}; network of {parameters:,} parameters "
         f"on {trainer.device}, {trainer.precision}"
+        + (f", {trainer.group.size} workers" if trainer.group.size > 1 else "")
     )
     if len(trainer.held_out_rows):
         typer.echo(f"{len(trainer.held_out_rows)} of the images are kept from training")
@@ -223,26 +225,6 @@ def _try_one_batch(trainer: Trainer, steps: int) -> None:
     typer.echo("It falls as it should: data, network and optimiser work together.")
 
 
-@contextmanager
-def _stop_on_signal() -> Iterator[Callable[[], bool]]:
-    """Let Ctrl-C and a polite kill end the run after the step at hand; a second one ends it at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        typer.echo("Stopping after this step ...", err=True)
-
-    signals = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, note) for number in signals]
-    try:
-        yield lambda: bool(received)
-    finally:
-        for number, handler in zip(signals, before, strict=True):
-            signal.signal(number, handler)
-
-
 def _with_progress(facts: Iterable[Step], trainer: Trainer) -> Iterator[Step]:
     """Pass facts on; show a bar on a terminal, and a plain line now and then elsewhere."""
     show = _bar if sys.stdout.isatty() else _plain_lines
@@ -258,7 +240,7 @@ def _plain_lines(facts: Iterable[Step], trainer: Trainer) -> Iterator[Step]:
             left = _seconds_left(fact, trainer.config)
             typer.echo(
                 f"step {fact.step}/{trainer.config.steps}  loss {fact.loss:.4f}  "
-                f"{fact.images_per_second:.0f} images/s  {_clock(left)} left"
+                f"{fact.images_per_second:.0f} images/s  {clock(left)} left"
             )
             sys.stdout.flush()
         yield fact
@@ -278,7 +260,7 @@ def _bar(facts: Iterable[Step], trainer: Trainer) -> Iterator[Step]:
             "", total=trainer.config.steps, completed=trainer.state.step, facts=""
         )
         for fact in facts:
-            left = _clock(_seconds_left(fact, trainer.config))
+            left = clock(_seconds_left(fact, trainer.config))
             text = f"loss {fact.loss:.4f}  {fact.images_per_second:.0f} images/s  {left} left"
             progress.update(task, completed=fact.step, facts=text)
             yield fact
@@ -286,9 +268,3 @@ def _bar(facts: Iterable[Step], trainer: Trainer) -> Iterator[Step]:
 
 def _seconds_left(fact: Step, config: TrainingConfig) -> float:
     return (config.steps - fact.step) * config.batch_size / fact.images_per_second
-
-
-def _clock(seconds: float) -> str:
-    minutes, second = divmod(round(seconds), 60)
-    hours, minute = divmod(minutes, 60)
-    return f"{hours}:{minute:02d}:{second:02d}"

@@ -1,4 +1,4 @@
-"""The parts of the U-Net, each a few lines of the papers that introduced it.
+"""The parts of the networks, each a few lines of the papers that introduced it.
 
 Every part keeps the memory format and the floating type of the image tensor that it is given:
 channels-last stays channels-last and bfloat16 stays bfloat16, without a copy in the training step.
@@ -19,17 +19,21 @@ _SHORT = (
 )
 
 
-def sinusoidal_embedding(t: Tensor, width: int, base: float = 10_000.0) -> Tensor:
+def sinusoidal_embedding(
+    t: Tensor, width: int, base: float = 10_000.0, shift: float = 0.0
+) -> Tensor:
     """Embed times in cosines and sines of geometrically falling frequencies.
 
-    ``e_i = cos(w_i t)``, ``e_{n+i} = sin(w_i t)`` with ``w_i = base^(-i/n)``, ``i < n = width/2``.
+    ``e_i = cos(w_i t)``, ``e_{n+i} = sin(w_i t)`` with ``w_i = base^(-i / (n - shift))``,
+    ``i < n = width/2``.
 
     Computed in float32 or better: at t = 999 bfloat16 could not tell neighbouring steps apart.
 
     Args:
         t: Times, shape (B,), in steps; fractions are allowed.
         width: Length of the embedding, even.
-        base: Ratio of the fastest to the slowest frequency (approached, not reached).
+        base: Ratio of the fastest to the slowest frequency: approached with shift 0, reached with 1.
+        shift: Less than n; 1 in the original DDPM, 0 in most others.
 
     Returns:
         Shape (B, width); float64 if ``t`` is float64, otherwise float32.
@@ -41,7 +45,7 @@ def sinusoidal_embedding(t: Tensor, width: int, base: float = 10_000.0) -> Tenso
     """
     dtype = torch.promote_types(t.dtype, torch.float32)
     n = width // 2
-    exponent = torch.arange(n, dtype=dtype, device=t.device) / -n
+    exponent = torch.arange(n, dtype=dtype, device=t.device) / -(n - shift)
     angle = t.to(dtype)[:, None] * torch.exp(math.log(base) * exponent)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
@@ -59,20 +63,22 @@ class TimeEmbedding(nn.Module):
         width: Length of the sinusoidal embedding, even.
         out_width: Length of the conditioning vector.
         scale: Factor on t before the sinusoids, which expect steps: 1000 for times in [0, 1].
+        shift: Of the frequencies, see `sinusoidal_embedding`.
     """
 
-    def __init__(self, width: int, out_width: int, scale: float = 1.0) -> None:
+    def __init__(self, width: int, out_width: int, scale: float = 1.0, shift: float = 0.0) -> None:
         super().__init__()
         self.width = width
         self.scale = scale
+        self.shift = shift
         self.lift = nn.Linear(width, out_width)
         self.mix = nn.Linear(out_width, out_width)
 
     def forward(self, t: Tensor) -> Tensor:
         """Map times (B,) to conditioning vectors (B, out_width)."""
         steps = t.to(torch.promote_types(t.dtype, torch.float32)) * self.scale
-        waves = sinusoidal_embedding(steps, self.width).to(self.lift.weight.dtype)
-        return self.mix(F.silu(self.lift(waves)))
+        waves = sinusoidal_embedding(steps, self.width, shift=self.shift)
+        return self.mix(F.silu(self.lift(waves.to(self.lift.weight.dtype))))
 
 
 class NormSiLU(nn.GroupNorm):
@@ -86,12 +92,29 @@ class NormSiLU(nn.GroupNorm):
         return F.silu(super().forward(input))
 
 
+class AdaptiveNormSiLU(nn.GroupNorm):
+    """Group normalisation with a scale and a shift that depend on time and class, then SiLU.
+
+    ``silu(norm(x) (1 + scale) + shift)``.
+
+    Source: Dhariwal and Nichol 2021, arXiv:2105.05233.
+    """
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, input: Tensor, condition: Tensor
+    ) -> Tensor:
+        """Normalise an image tensor (B, C, H, W), given scale and shift, (B, 2C, 1, 1)."""
+        scale, shift = condition.chunk(2, dim=1)
+        return F.silu(super().forward(input) * (1 + scale) + shift)
+
+
 class ResidualBlock(nn.Module):
     """Two normalised convolutions around the addition of the conditioning vector, plus the input.
 
     ``h = conv1(silu(norm1(x))) + W silu(c)``; ``y = skip(x) + conv2(dropout(silu(norm2(h))))``,
     where ``skip`` is the identity, or a 1x1 convolution if the width changes, and ``conv2`` starts
-    at zero.
+    at zero. Adaptive blocks have ``scale, shift = W silu(c)`` after ``norm2`` in place of the sum;
+    blocks that change the resolution do it to x and to what ``conv1`` is given.
 
     Args:
         channels: Width of the input.
@@ -99,8 +122,13 @@ class ResidualBlock(nn.Module):
         embedding_width: Length of the conditioning vector.
         groups: Groups of the two normalisations, each a divisor of the width that it normalises.
         dropout: Probability of dropping an activation during training.
+        epsilon: What the normalisations add to a variance.
+        adaptive: Scale and shift after ``norm2`` in place of a sum before it.
+        resample: A layer without weights that halves or doubles the resolution, or None.
+        scale: Factor on y.
 
-    Source: Ho et al. 2020, arXiv:2006.11239, appendix B.
+    Source: Ho et al. 2020, arXiv:2006.11239, appendix B; adaptive and resampling blocks from
+    Dhariwal and Nichol 2021, arXiv:2105.05233; the factor from Song et al. 2021, arXiv:2011.13456.
     """
 
     def __init__(
@@ -110,12 +138,21 @@ class ResidualBlock(nn.Module):
         embedding_width: int,
         groups: tuple[int, int],
         dropout: float,
+        *,
+        epsilon: float = 1e-5,
+        adaptive: bool = False,
+        resample: nn.Module | None = None,
+        scale: float = 1.0,
     ) -> None:
         super().__init__()
-        self.norm1 = NormSiLU(groups[0], channels)
+        self.adaptive = adaptive
+        self.scale = scale
+        self.norm1 = NormSiLU(groups[0], channels, epsilon)
+        self.resample = resample
         self.conv1 = nn.Conv2d(channels, out_channels, 3, padding=1)
-        self.condition = nn.Linear(embedding_width, out_channels)
-        self.norm2 = NormSiLU(groups[1], out_channels)
+        self.condition = nn.Linear(embedding_width, (2 if adaptive else 1) * out_channels)
+        norm = AdaptiveNormSiLU if adaptive else NormSiLU
+        self.norm2 = norm(groups[1], out_channels, epsilon)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = (
@@ -123,9 +160,19 @@ class ResidualBlock(nn.Module):
         )
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Map (B, channels, H, W) to (B, out_channels, H, W), given ``silu(c)`` (B, E)."""
-        h = self.conv1(self.norm1(x)) + self.condition(embedding)[:, :, None, None]
-        return self.skip(x) + self.conv2(self.dropout(self.norm2(h)))
+        """Map (B, channels, H, W) to (B, out_channels, H', W'), given ``silu(c)`` (B, E)."""
+        h = self.norm1(x)
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = self.conv1(h)
+        condition = self.condition(embedding)[:, :, None, None]
+        h = self.norm2(h, condition) if self.adaptive else self.norm2(h + condition)
+        return _scaled(self.skip(x) + self.conv2(self.dropout(h)), self.scale)
+
+
+def _scaled(x: Tensor, factor: float) -> Tensor:
+    """Multiply, but not by 1, which would read and write the image for nothing."""
+    return x if factor == 1 else x * factor
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -164,15 +211,27 @@ class Attention(nn.Module):
         heads: Number of heads; divides ``channels``.
         groups: Groups of the normalisation.
         context_width: Width of the context, or 0 for self-attention.
+        epsilon: What the normalisation adds to a variance.
+        scale: Factor on y.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762; on pixels Ho et al. 2020, arXiv:2006.11239;
     to a context Rombach et al. 2022, arXiv:2112.10752.
     """
 
-    def __init__(self, channels: int, heads: int, groups: int, context_width: int = 0) -> None:
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        groups: int,
+        context_width: int = 0,
+        *,
+        epsilon: float = 1e-5,
+        scale: float = 1.0,
+    ) -> None:
         super().__init__()
         self.heads = heads
-        self.norm = nn.GroupNorm(groups, channels)
+        self.scale = scale
+        self.norm = nn.GroupNorm(groups, channels, epsilon)
         self.query = nn.Linear(channels, channels)
         self.key_value = nn.Linear(context_width or channels, 2 * channels)
         self.out = nn.Linear(channels, channels)
@@ -188,7 +247,7 @@ class Attention(nn.Module):
         )
         mixed = attend(query, key, value)
         attended = self.out(mixed.transpose(1, 2).flatten(2))
-        return x + attended.transpose(1, 2).unflatten(2, x.shape[2:])
+        return _scaled(x + attended.transpose(1, 2).unflatten(2, x.shape[2:]), self.scale)
 
 
 class Stage(nn.Module):
@@ -219,10 +278,20 @@ class Stage(nn.Module):
 
 
 class Downsample(nn.Conv2d):
-    """Halve the resolution by a 3x3 convolution with stride 2."""
+    """Halve the resolution by a 3x3 convolution with stride 2.
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, channels, 3, stride=2, padding=1)
+    Args:
+        channels: Width of the image.
+        pad_after: Pad on the right and below alone, as the original DDPM does.
+    """
+
+    def __init__(self, channels: int, pad_after: bool = False) -> None:
+        super().__init__(channels, channels, 3, stride=2, padding=0 if pad_after else 1)
+        self.pad_after = pad_after
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (B, C, H, W) to (B, C, H/2, W/2)."""
+        return super().forward(F.pad(input, (0, 1, 0, 1)) if self.pad_after else input)
 
 
 class Upsample(nn.Conv2d):

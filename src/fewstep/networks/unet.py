@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.errors import InvalidInputError, unknown_name
+from fewstep.networks.base import Network, augment_map
 from fewstep.networks.blocks import (
     Attention,
     Downsample,
@@ -25,10 +25,11 @@ from fewstep.networks.blocks import (
     Upsample,
     zero_,
 )
-from fewstep.networks.unet_config import UNetConfig, presets
+from fewstep.networks.presets import preset_config
+from fewstep.networks.unet_config import UNetConfig
 
 
-class UNet(nn.Module):
+class UNet(Network[UNetConfig]):
     """A network from a noisy image and its time to an image of the same size.
 
     On the way down every stage and every halving leaves a skip; on the way up each resolution has
@@ -57,25 +58,27 @@ class UNet(nn.Module):
         super().__init__()
         self.config = config
         width, embedding_width = config.channels[0], 4 * config.channels[0]
-        self.time = TimeEmbedding(width, embedding_width, config.time_scale)
+        self.time = TimeEmbedding(
+            width, embedding_width, config.time_scale, config.frequency_shift
+        )
         self.classes = (
             nn.Embedding(config.num_classes + 1, embedding_width) if config.num_classes else None
         )
-        # What is added for an image that was not augmented must be nothing: no bias.
-        self.augment = (
-            nn.Linear(config.augment_width, embedding_width, bias=False)
-            if config.augment_width
-            else None
-        )
+        self.augment = augment_map(config, embedding_width)
         self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
         skips = [width]
         self.down = nn.ModuleList(self._down_path(skips))
         width = config.channels[-1]
         self.middle = nn.ModuleList(
-            [self._stage(width, width, attends=True), self._stage(width, width, attends=False)]
+            [
+                self._stage(width, width, attends=config.middle_attention),
+                self._stage(width, width, attends=False),
+            ]
         )
         self.up = nn.ModuleList(self._up_path(skips))
-        self.norm_out = NormSiLU(config.groups_at(config.channels[0]), config.channels[0])
+        self.norm_out = NormSiLU(
+            config.groups_at(config.channels[0]), config.channels[0], config.norm_epsilon
+        )
         self.conv_out = nn.Conv2d(
             config.channels[0], config.out_channels or config.in_channels, 3, padding=1
         )
@@ -97,20 +100,60 @@ class UNet(nn.Module):
         >>> net.config.num_classes
         10
         """
-        if name not in presets():
-            raise unknown_name("U-Net preset", name, presets())
-        return cls(presets()[name].config.replace(**overrides))
+        return cls(preset_config(name, UNetConfig, **overrides))
+
+    def _residual(
+        self, width: int, out_width: int, resample: nn.Module | None = None
+    ) -> ResidualBlock:
+        c = self.config
+        return ResidualBlock(
+            width,
+            out_width,
+            4 * c.channels[0],
+            (c.groups_at(width), c.groups_at(out_width)),
+            c.dropout,
+            epsilon=c.norm_epsilon,
+            adaptive=c.condition == "scale-shift",
+            resample=resample,
+            scale=c.residual_scale,
+        )
+
+    def _attention(self, width: int, context_width: int = 0) -> Attention:
+        c = self.config
+        return Attention(
+            width,
+            c.heads_at(width),
+            c.groups_at(width),
+            context_width,
+            epsilon=c.norm_epsilon,
+            scale=c.residual_scale,
+        )
 
     def _stage(self, width: int, out_width: int, attends: bool) -> Stage:
-        c = self.config
-        heads, groups = c.heads_at(out_width), c.groups_at(out_width)
-        residual = ResidualBlock(
-            width, out_width, 4 * c.channels[0], (c.groups_at(width), groups), c.dropout
-        )
-        attention = Attention(out_width, heads, groups) if attends else None
-        crosses = attends and c.context_width > 0
-        cross = Attention(out_width, heads, groups, c.context_width) if crosses else None
+        context_width = self.config.context_width
+        residual = self._residual(width, out_width)
+        attention = self._attention(out_width) if attends else None
+        crosses = attends and context_width > 0
+        cross = self._attention(out_width, context_width) if crosses else None
         return Stage(residual, attention, cross)
+
+    def _halving(self, width: int) -> nn.Module:
+        match self.config.resample:
+            case "conv":
+                return Downsample(width, self.config.pad_after)
+            case "residual":
+                return self._residual(width, width, resample=nn.AvgPool2d(2))
+            case _:
+                return nn.AvgPool2d(2)
+
+    def _doubling(self, width: int) -> nn.Module:
+        match self.config.resample:
+            case "conv":
+                return Upsample(width)
+            case "residual":
+                return self._residual(width, width, resample=nn.Upsample(scale_factor=2.0))
+            case _:
+                return nn.Upsample(scale_factor=2.0)
 
     def _down_path(self, skips: list[int]) -> Iterator[nn.Module]:
         """Yield the stages and halvings; append to ``skips`` the width that each leaves behind."""
@@ -120,7 +163,7 @@ class UNet(nn.Module):
                 yield self._stage(skips[-1], width, level in c.attention)
                 skips.append(width)
             if level + 1 < len(c.channels):
-                yield Downsample(width)
+                yield self._halving(width)
                 skips.append(width)
 
     def _up_path(self, skips: list[int]) -> Iterator[nn.Module]:
@@ -132,7 +175,7 @@ class UNet(nn.Module):
                 yield self._stage(below + skips.pop(), width, level in c.attention)
                 below = width
             if level:
-                yield Upsample(width)
+                yield self._doubling(width)
 
     def _initialise(self) -> None:
         """Draw Glorot's weights, zero the biases and the end of every residual branch.
@@ -149,8 +192,6 @@ class UNet(nn.Module):
             elif isinstance(module, Attention):
                 zero_(module.out)
         zero_(self.conv_out)
-        if self.augment is not None:
-            zero_(self.augment)
 
     def forward(
         self,
@@ -179,8 +220,7 @@ class UNet(nn.Module):
         Raises:
             InvalidInputError: A shape, type or label that the network cannot take.
         """
-        self._check(x, t, labels, context)
-        self._check_augment(augment, x.shape[0])
+        self.check_inputs(x, t, labels, context, augment)
         weight = self.conv_in.weight
         embedding = self._embed(t.to(x.device).expand(x.shape[0]), labels, augment)
         if context is not None:
@@ -188,16 +228,36 @@ class UNet(nn.Module):
         h = self.conv_in(x.to(weight.dtype))
         skips = [h]
         for layer in self.down:
-            h = layer(h, embedding, context) if isinstance(layer, Stage) else layer(h)
+            h = self._through(layer, h, embedding, context)
             skips.append(h)
         for stage in self.middle:
-            h = stage(h, embedding, context)
+            h = self.run(stage, h, embedding, context)
         for layer in self.up:
             if isinstance(layer, Stage):
-                h = layer(torch.cat([h, skips.pop()], dim=1), embedding, context)
+                h = self.run(self._join, layer, h, skips.pop(), embedding, context)
             else:
-                h = layer(h)
+                h = self._through(layer, h, embedding, context)
         return self.conv_out(self.norm_out(h)).to(x.dtype)
+
+    def _through(
+        self, layer: nn.Module, h: Tensor, embedding: Tensor, context: Tensor | None
+    ) -> Tensor:
+        """Pass a layer, giving it what its kind takes."""
+        match layer:
+            case Stage():
+                return self.run(layer, h, embedding, context)
+            case ResidualBlock():
+                return self.run(layer, h, embedding)
+            case _:
+                return self.run(layer, h)
+
+    def _join(
+        self, stage: Stage, h: Tensor, skip: Tensor, embedding: Tensor, context: Tensor | None
+    ) -> Tensor:
+        """Pass a stage of the way up, which takes a skip beside what comes from below."""
+        if self.config.skip_scale != 1:
+            skip = skip * self.config.skip_scale
+        return stage(torch.cat([h, skip], dim=1), embedding, context)
 
     def _embed(self, t: Tensor, labels: Tensor | None, augment: Tensor | None) -> Tensor:
         """Return ``silu(time + class + augmentation embedding)``, (B, E): what all blocks project."""
@@ -209,81 +269,3 @@ class UNet(nn.Module):
         if self.augment is not None and augment is not None:
             embedding = embedding + self.augment(augment.to(embedding))
         return F.silu(embedding)
-
-    def _check(self, x: Tensor, t: Tensor, labels: Tensor | None, context: Tensor | None) -> None:
-        c, multiple = self.config, self.config.size_multiple
-        if x.ndim != 4 or x.shape[1] != c.in_channels:
-            raise InvalidInputError(
-                f"images of shape {tuple(x.shape)} do not fit a network for "
-                f"(B, {c.in_channels}, H, W); convert the images, or build it with in_channels "
-                "to match"
-            )
-        if not x.is_floating_point():
-            raise InvalidInputError(
-                f"images of type {x.dtype} are not floating; scale them to [-1, 1] first"
-            )
-        if x.shape[2] % multiple or x.shape[3] % multiple:
-            raise InvalidInputError(
-                f"images of {x.shape[2]}x{x.shape[3]} pixels cannot be halved "
-                f"{len(c.channels) - 1} times; height and width must be multiples of {multiple}: "
-                "resize, pad or crop the images"
-            )
-        if t.shape not in ((), (x.shape[0],)):
-            raise InvalidInputError(
-                f"times of shape {tuple(t.shape)} do not fit {x.shape[0]} images; "
-                f"give one time for all, shape (), or one for each, shape ({x.shape[0]},)"
-            )
-        if labels is not None:
-            self._check_labels(labels, x.shape[0])
-        self._check_context(context, x.shape[0])
-
-    def _check_labels(self, labels: Tensor, batch: int) -> None:
-        classes = self.config.num_classes
-        if not classes:
-            raise InvalidInputError(
-                "labels were given to a network without classes; leave them out, "
-                "or build the network with num_classes"
-            )
-        if labels.shape != (batch,) or labels.dtype not in (torch.int64, torch.int32):
-            raise InvalidInputError(
-                f"labels of shape {tuple(labels.shape)} and type {labels.dtype} do not fit "
-                f"{batch} images; give integers (int64) of shape ({batch},)"
-            )
-        # To read a label that an accelerator holds would stall it; a traced graph holds none.
-        if labels.device.type != "cpu" or torch.compiler.is_compiling() or not batch:
-            return
-        low, high = (int(bound) for bound in labels.aminmax())
-        if low < 0 or high > classes:
-            raise InvalidInputError(
-                f"label {low if low < 0 else high} is not a class of this network; allowed are "
-                f"0..{classes - 1}, and {classes} (or labels=None) for no class"
-            )
-
-    def _check_augment(self, augment: Tensor | None, batch: int) -> None:
-        width = self.config.augment_width
-        if augment is not None and augment.shape != (batch, width):
-            raise InvalidInputError(
-                f"augmentations of shape {tuple(augment.shape)} do not fit; give shape ({batch}, {width}), "
-                "or build the network with augment_width to match"
-            )
-
-    def _check_context(self, context: Tensor | None, batch: int) -> None:
-        width = self.config.context_width
-        if context is None and width:
-            raise InvalidInputError(
-                f"this network attends to a context; give context of shape ({batch}, L, {width})"
-            )
-        if context is not None and not width:
-            raise InvalidInputError(
-                "a context was given to a network without cross-attention; leave it out, "
-                "or build the network with context_width"
-            )
-        if context is not None and (context.ndim, context.shape[0], context.shape[-1]) != (
-            3,
-            batch,
-            width,
-        ):
-            raise InvalidInputError(
-                f"context of shape {tuple(context.shape)} does not fit; "
-                f"give shape ({batch}, L, {width})"
-            )

@@ -48,6 +48,8 @@ class Batches:
         objective: Says how times are drawn.
         config: The settings.
         device: Where the images and the noise go; times stay on the CPU.
+        share: Which of so many nearly equal shares of each batch to return, as (number, count); all random numbers
+            are drawn for the whole batch, so that the shares of all workers make up the batch of a single one.
         rows: The images to train on, by number; None: all.
     """
 
@@ -57,9 +59,11 @@ class Batches:
         objective: Objective,
         config: TrainingConfig,
         device: torch.device,
+        share: tuple[int, int] = (0, 1),
         rows: Tensor | None = None,
     ) -> None:
         self.images, self.objective, self.config, self.device = images, objective, config, device
+        self.share = share
         self._rows = torch.arange(len(images)) if rows is None else rows
         self._order = BatchOrder(len(self._rows), config.batch_size, config.seed)
 
@@ -77,18 +81,18 @@ class Batches:
         augment = None
         if config.augment:
             x0, augment = augmented(x0, config.augment, random("augmentations"))
-            augment = augment.to(self.device)
         if labels is not None:
             labels = drop_labels(
                 labels, config.label_dropout, self.images.num_classes, random("label dropout")
-            ).to(self.device, non_blocking=True)
+            )
         noise = torch.randn(x0.shape, generator=random("noise"))
         t = self.objective.draw_times(len(x0), random("times"))
+        number, count = self.share
+        own = Batch(x0, noise, t, labels, augment).split(count)[number]
         order = torch.channels_last
-        return Batch(
-            x0.to(self.device, memory_format=order, non_blocking=True),
-            noise.to(self.device, memory_format=order, non_blocking=True),
-            t,
-            labels,
-            augment,
+        return own._replace(
+            x0=own.x0.to(self.device, memory_format=order, non_blocking=True),
+            noise=own.noise.to(self.device, memory_format=order, non_blocking=True),
+            labels=None if own.labels is None else own.labels.to(self.device, non_blocking=True),
+            augment=None if own.augment is None else own.augment.to(self.device),
         )

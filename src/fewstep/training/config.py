@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from fewstep import process as processes
 from fewstep.errors import InvalidInputError, unknown_name
-from fewstep.networks import UNetConfig, presets
+from fewstep.networks import NetworkConfig, presets
 from fewstep.training.augmentation import WIDTH as AUGMENT_WIDTH
 from fewstep.training.loss_weights import WEIGHTS
 from fewstep.training.named import full_form
@@ -323,6 +323,24 @@ class TrainingConfig:
             advice="About the number of cores. Not used on an accelerator",
         ),
     ] = 2
+    accumulate: Annotated[
+        int,
+        Setting(
+            "Pieces of a batch that are computed one after the other, to save memory; the result is the same within "
+            "rounding.",
+            Whole(1),
+            "Speed",
+        ),
+    ] = 1
+    checkpoint_activations: Annotated[
+        bool,
+        Setting(
+            "Keep less for the gradient and compute it twice: less memory, same weights, more time.",
+            group="Speed",
+            decides=False,
+            advice="[Less memory](networks.md#memory) for a third more work",
+        ),
+    ] = False
     seed: Annotated[
         int,
         Setting(
@@ -402,7 +420,7 @@ class TrainingConfig:
             self.learned_variance,
         )
 
-    def network_config(self, channels: int, num_classes: int) -> UNetConfig:
+    def network_config(self, channels: int, num_classes: int) -> NetworkConfig:
         """Return the network for images of so many channels and classes.
 
         Processes whose time ends at 1 get ``time_scale = 1000``, for the time embedding counts in steps; networks that

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,10 @@ from torch import Tensor
 from fewstep.data import Finding, ImageSet, check_images
 from fewstep.errors import DataError, InvalidInputError
 from fewstep.models import ModelConfig
-from fewstep.networks import UNet, UNetConfig
+from fewstep.networks import NetworkConfig, build, config_to_dict
+from fewstep.team import Group
 from fewstep.training.config import TrainingConfig
+from fewstep.training.state import TrainingState
 
 VARIANCE_IMAGES = 65_536
 
@@ -132,24 +136,61 @@ def require_same(found: Sequence[str], folder: Path) -> None:
         )
 
 
-def require_shape(old: UNetConfig, new: UNetConfig, folder: Path) -> None:
+def require_shape(old: NetworkConfig, new: NetworkConfig, folder: Path) -> None:
     """Refuse to put the weights of one network into a network of another shape.
 
     Raises:
         InvalidInputError: The shapes differ; the message says in which fields of the network.
     """
 
-    def weights(config: UNetConfig) -> dict[str, torch.Size]:
+    def weights(config: NetworkConfig) -> dict[str, torch.Size]:
         with torch.device("meta"):
-            return {name: w.shape for name, w in UNet(config).state_dict().items()}
+            return {name: w.shape for name, w in build(config).state_dict().items()}
 
     if weights(old) != weights(new):
-        before, now = old.to_dict(), new.to_dict()
-        fields = [f"{k}: {before[k]!r} before, {now[k]!r} now" for k in now if before[k] != now[k]]
+        before, now = config_to_dict(old), config_to_dict(new)
+        fields = [
+            f"{name}: {before.get(name)!r} before, {value!r} now"
+            for name, value in now.items()
+            if before.get(name) != value
+        ]
         raise InvalidInputError(
             f"the network of the run in {folder} has another shape ({'; '.join(fields)}), so not even --force can "
             f"go on with it; start anew in another folder, with --start-from {folder} for the weights that fit"
         )
+
+
+def require_shares(batch_size: int, workers: int) -> None:
+    """Refuse more workers than there are images in a batch.
+
+    Raises:
+        InvalidInputError: Some worker would have nothing to do.
+    """
+    if workers > batch_size:
+        raise InvalidInputError(
+            f"a batch of {batch_size} images cannot be shared out among {workers} workers; launch at most "
+            f"{batch_size}, or give a larger batch_size"
+        )
+
+
+def require_same_start(
+    group: Group, config: TrainingConfig, data: Mapping[str, Any], state: TrainingState
+) -> None:
+    """Let all workers begin with the same settings, images and step, and with the very weights of the main one.
+
+    Processors of another make may round differently when weights are drawn, so they are sent, not compared.
+
+    Raises:
+        InvalidInputError: Settings, images or step differ.
+    """
+    for what, value in (
+        ("the settings", config.to_dict()),
+        ("the images", data["digest"]),
+        ("the checkpoint to go on from", state.step),
+    ):
+        digest = hashlib.blake2b(json.dumps(value, sort_keys=True).encode(), digest_size=7)
+        group.require_same(what, int.from_bytes(digest.digest(), "big"))
+    group.take_from_main(state.tensors())
 
 
 def _named(data: Mapping[str, Any]) -> str:

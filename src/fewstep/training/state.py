@@ -92,6 +92,12 @@ class TrainingState:
         self.guard.end_step(self.step)
         return norm
 
+    def tensors(self) -> list[Tensor]:
+        """All that training moves: weights, their averages, the optimiser's memory but for its count of steps."""
+        memory = [value for value in self._optimiser_tensors().values() if value.ndim]
+        more = [weight for network in self.more.values() for weight in network.parameters()]
+        return [*self._parameters.values(), *self._averaged, *more, *memory]
+
     def save(self, folder: Path, model: ModelConfig) -> None:
         """Write the files of a checkpoint into a folder that exists.
 

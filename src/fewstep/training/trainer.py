@@ -7,7 +7,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import torch
@@ -25,6 +25,7 @@ from fewstep.models import (
     checkpoints_of,
     read_config,
 )
+from fewstep.team import Team, join
 from fewstep.training.ahead import Ahead
 from fewstep.training.batches import Batch, Batches
 from fewstep.training.config import TrainingConfig
@@ -45,7 +46,9 @@ from fewstep.training.preparation import (
     fit_model,
     pixel_variance,
     require_same,
+    require_same_start,
     require_shape,
+    require_shares,
     usable_device,
 )
 from fewstep.training.previews import save_preview
@@ -110,7 +113,10 @@ class Trainer:
         resume: Whether to take over the newest readable checkpoint of the folder.
         force: Whether to take it over even if settings or data are others.
 
+    Under `torchrun` or `accelerate launch` each worker takes its share of every batch, and the main one alone writes.
+
     Attributes:
+        group: The workers of the run; usually this one alone.
         state: Weights, optimiser and step; taken from the newest readable checkpoint if there is one.
         model: What is trained, as it will be saved.
         findings: Warnings about the data, and about the weights that training starts from.
@@ -130,11 +136,13 @@ class Trainer:
     ) -> None:
         self.config = config
         self.folder = Path(folder)
+        self.device = usable_device(Team.launched().device(device))
+        self.group = join(self.device)
+        require_shares(config.batch_size, self.group.size)
         if images is None:
             images = load_images(config.data, **config.loading())
         self.images = images
         self.findings = check_for_training(self.images)
-        self.device = usable_device(device)
         self.process = processes.from_dict(config.process)
         self.objective = config.objective()
         self.pixelwise_loss = pixelwise_loss(
@@ -148,15 +156,19 @@ class Trainer:
         self.changes: list[str] = []
         self.model = fit_model(config, self.images, self.folder.resolve().name)
         self.state = (self._restored(force) if resume else None) or self._first_state()
+        require_same_start(self.group, config, self._data, self.state)
         self._has_dropout = _has_dropout(self.state.network)
         self.rows, self.held_out_rows = split_rows(len(self.images), config.held_out, config.seed)
-        self._batches = Batches(self.images, self.objective, config, self.device, self.rows)
+        share = self.group.rank, self.group.size
+        self._batches = Batches(self.images, self.objective, config, self.device, share, self.rows)
         self._ahead = Ahead(self._batches, config.steps)
         self._gradients = Gradients(
             self.state.network,
             self._loss,
             config.parts if self.device.type == "cpu" else 1,
             threaded=not self._has_dropout,  # dropout draws from one generator, in order
+            accumulate=config.accumulate,
+            group=self.group,
         )
 
     @property
@@ -172,14 +184,14 @@ class Trainer:
     def steps(self, stop: Callable[[], bool] = lambda: False) -> Iterator[Step]:
         """Train until the last step, or until ``stop`` says True, and save; see `run`."""
         guard = self.state.guard
-        with only_writer(self.folder), self._gradients, self._ahead, closing(self._listeners):
-            self._prepare_folder()
+        with ExitStack() as held, self._gradients, self._ahead:
+            self.group.main_does(lambda: self._take_folder(held), None)
             window = Window()
             stopped = guard.is_exhausted
             while not (stopped or self.is_complete):
                 rate = self.state.learning_rate
                 self._advance(self._ahead[self.state.step], window)
-                stopped = stop() or guard.is_exhausted
+                stopped = self.group.any(stop()) or guard.is_exhausted
                 if self._has_news(stopped):
                     yield self._fact(window, rate, stopped)
                     window = Window()
@@ -242,9 +254,11 @@ class Trainer:
         """Set the gradients and return the loss; None: there is too little memory."""
         try:
             if not self._has_dropout:
-                return self._gradients(batch)
-            with global_seed(seed_of(self.config.seed, "dropout", self.state.step)):
-                return self._gradients(batch)
+                return self._gradients(batch, self.config.batch_size)
+            # Each worker needs masks of its own; they are not those of the same images in a team of another size.
+            purpose = f"dropout/{self.group.rank}" if self.group.rank else "dropout"
+            with global_seed(seed_of(self.config.seed, purpose, self.state.step)):
+                return self._gradients(batch, self.config.batch_size)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -267,6 +281,10 @@ class Trainer:
         """Log the window before anything is saved: what a checkpoint has behind it, the log has as well."""
         fact = window.fact(self.state.step, self.config, rate)
         self._seconds += window.seconds
+        return self.group.main_does(lambda: self._written(fact, stopped), fact)
+
+    def _written(self, fact: Step, stopped: bool) -> Step:
+        """Log a fact and write what is due after it."""
         if self.config.held_out and self._is_due(self.config.sample_every):
             fact = dataclasses.replace(fact, held_out=self._held_out())
         if self._is_due(self.config.measure_every):
@@ -298,16 +316,20 @@ class Trainer:
         with autocast(self.config.precision, self.device):
             return self.objective(self.state.network, batch.x0, batch.noise, batch.t, **conditions)
 
-    def _prepare_folder(self) -> None:
+    def _take_folder(self, held: ExitStack) -> None:
+        """Hold the folder for this run alone, and make it ready for the first step."""
+        held.enter_context(only_writer(self.folder))
         remove_leftovers(self.folder / CHECKPOINTS)
         save_json(
             self.folder / SETTINGS_FILE, {"settings": self.config.to_dict(), "data": self._data}
         )
+        held.enter_context(closing(self._listeners))
         self._listeners.start(self.state.step)
 
     def _new_state(self, model: ModelConfig) -> TrainingState:
         with global_seed(seed_of(self.config.seed, "weights", 0)):
             network = model.build_network()
+        network.checkpointing = self.config.checkpoint_activations
         return TrainingState(network.to(self.device), self.config)
 
     def _first_state(self) -> TrainingState:
