@@ -18,6 +18,7 @@ import fewstep as fs
 from fewstep.data import ImageSet, load_images, save_image
 from fewstep.metrics import COPY_RATIO, loss_by_level, nearest_images
 from fewstep.training import TrainingConfig, run
+from report import header
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "results" / "few-images.md"
 COUNTS, PROBABILITIES = (10, 100, 1000), (0.0, 0.3)
@@ -95,9 +96,8 @@ def measured(
 
 def page(rows: list[dict[str, float]], steps: int) -> str:
     lines = [
-        "# Few images, measured",
-        "",
-        f"Made by `bench/few_images.py`: networks of 8x8 digits of MNIST, widths {NETWORK['channels']}, no labels, "
+        *header("Few images, measured", f"python bench/few_images.py --steps {steps}", ("torch",)),
+        f"Networks of 8x8 digits of MNIST, widths {NETWORK['channels']}, no labels, "
         f"{steps} steps of 32 images. Errors are squared errors in the noise per pixel, the mean of ten levels, of "
         f"the averaged weights, on up to {UNSEEN} seen and on {UNSEEN} unseen images under noise of the same seeds. A "
         f"copy is one of {SAMPLES} samples ({CALLS} steps) whose nearest training image is nearer than "
