@@ -6,8 +6,9 @@ own, and the processes take turns, so that a busy machine slows all alike; shown
 
 - Training step: loss of the noise prediction, gradient, AdamW. Ours is the library's own step, with the clipped
   gradient, the check for NaN and the running average of the weights, which the others are spared.
-- Forward pass: without gradients, of a batch as it comes to the code that samples; ours is given to `spread`, as
-  sampling does. Peers are tried in both memory orders, contiguous and channels-last, and the faster one counts.
+- Forward pass: without gradients, of the whole batch at once. "In parts" gives ours to `fewstep.threads.spread`, as
+  tuning does, a part of the batch to each thread; the others, which have no such thing, run as before.
+- Peers are tried in both memory orders, contiguous and channels-last, and the faster one counts.
 - Peak memory: how far the resident memory of the process rises above what it had with the network built.
 """
 
@@ -36,7 +37,7 @@ import report
 EDGE = 32
 OURS, DIFFUSERS, LUCIDRAINS = "fewstep", "diffusers", "denoising-diffusion-pytorch"
 CODES = (OURS, DIFFUSERS, LUCIDRAINS)
-TRAINING_TARGET, FORWARD_TARGET = 1.3, 1.5
+TARGETS = {"train": 1.3, "forward": 1.5, "forward in parts": 1.5}
 WARM_UP, SETTLE = 2, 0.3
 """Runs before the first that counts, and seconds in which a code's threads come to rest before another's turn."""
 
@@ -113,17 +114,18 @@ class Subject:
         self.x = torch.randn(size.batch, 3, EDGE, EDGE).to(memory_format=order)
         self.noise = torch.randn_like(self.x)
         self.t = torch.randint(0, 1000, (size.batch,))
-        if case.task == "forward":
-            self.run = self._our_forward if case.code == OURS else self._their_forward
-        else:
+        if case.task == "train":
             self.run = self._our_training() if case.code == OURS else self._their_training()
+        else:
+            in_parts = case.code == OURS and case.task == "forward in parts"
+            self.run = self._forward_in_parts if in_parts else self._forward
 
     def _output(self, x: Tensor, t: Tensor) -> Tensor:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.case.bfloat16):
             found = self.network(x, t)
             return found.sample if self.case.code == DIFFUSERS else found
 
-    def _our_forward(self) -> None:
+    def _forward_in_parts(self) -> None:
         from fewstep.threads import spread
 
         count = torch.get_num_threads()
@@ -131,7 +133,7 @@ class Subject:
         with torch.no_grad():
             list(spread(lambda part: self._output(*part), parts, self.x.device))
 
-    def _their_forward(self) -> None:
+    def _forward(self) -> None:
         with torch.no_grad():
             self._output(self.x, self.t)
 
@@ -263,7 +265,7 @@ def main() -> None:
     for name in given.sizes:
         for bfloat16 in (False, True):
             kind = "bfloat16" if bfloat16 else "float32"
-            for task, target in (("train", TRAINING_TARGET), ("forward", FORWARD_TARGET)):
+            for task, target in TARGETS.items():
                 found = contest(name, bfloat16, task, given.rounds)
                 ours, *peers = (found[code] for code in CODES)
                 ratio = ours.images_per_second / max(peer.images_per_second for peer in peers)

@@ -273,3 +273,22 @@ def test_pixelwise_loss_uses_the_variance_of_the_data(images, make_config, tmp_p
     a, s = (f(times)[:, None] for f in (trainer.process.alpha, trainer.process.sigma))
     v = variance.reshape(1, -1)
     assert math.isclose(trainer.pixelwise_loss, float((a**2 * v / (a**2 * v + s**2)).mean()))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, from its compiler
+def test_a_compiled_network_learns_the_same_and_is_saved_under_the_same_names(
+    images, make_config, tmp_path
+):
+    """Compiling takes most of a minute and rounds differently, so losses are near and not equal."""
+    losses = {}
+    for compiled in (False, True):
+        folder = tmp_path / str(compiled)
+        config = make_config(compile=compiled, steps=3, sample_every=3)
+        losses[compiled] = [fact.loss for fact in run(config, folder, images=images)]
+    assert losses[True] == pytest.approx(losses[False], rel=1e-4)
+    names = [
+        set(load_tensors(checkpoints_of(tmp_path / str(compiled))[-1] / "raw.safetensors"))
+        for compiled in (False, True)
+    ]
+    assert names[0] == names[1]

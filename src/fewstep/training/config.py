@@ -332,6 +332,14 @@ class TrainingConfig:
             "Speed",
         ),
     ] = 1
+    compile: Annotated[
+        bool,
+        Setting(
+            "Compile the network with torch.compile before the first step.",
+            group="Speed",
+            advice="For accelerators; on a processor it was no faster, see [Networks](networks.md#compiling)",
+        ),
+    ] = False
     checkpoint_activations: Annotated[
         bool,
         Setting(

@@ -157,6 +157,8 @@ class Trainer:
         self.model = fit_model(config, self.images, self.folder.resolve().name)
         self.state = (self._restored(force) if resume else None) or self._first_state()
         require_same_start(self.group, config, self._data, self.state)
+        if config.compile:
+            self.state.network.compile()
         self._has_dropout = _has_dropout(self.state.network)
         self.rows, self.held_out_rows = split_rows(len(self.images), config.held_out, config.seed)
         share = self.group.rank, self.group.size
@@ -165,7 +167,7 @@ class Trainer:
         self._gradients = Gradients(
             self.state.network,
             self._loss,
-            config.parts if self.device.type == "cpu" else 1,
+            config.parts if self.device.type == "cpu" and not config.compile else 1,
             threaded=not self._has_dropout,  # dropout draws from one generator, in order
             accumulate=config.accumulate,
             group=self.group,
