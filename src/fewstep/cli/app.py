@@ -11,6 +11,7 @@ from fewstep.cli.average import average
 from fewstep.cli.demo import demo
 from fewstep.cli.doctor import doctor
 from fewstep.cli.export import export
+from fewstep.cli.importing import import_model
 from fewstep.cli.info import info
 from fewstep.cli.listing import samplers, schedulers
 from fewstep.cli.runs import runs
@@ -59,3 +60,4 @@ for command in (
     doctor,
 ):
     app.command()(command)
+app.command("import")(import_model)

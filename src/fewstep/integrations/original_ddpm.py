@@ -24,6 +24,9 @@ ATTENTION_SIZE = 16
 EMA_PLACE = 4
 """Where DDIM's training puts the averaged weights: after network, optimiser, epoch and step."""
 
+UNUSED = "logvar"
+"""Numbers that some of the files hold beside the network."""
+
 
 def is_original(content: Any) -> bool:
     """Say whether the content of a file is such a checkpoint."""
@@ -44,8 +47,8 @@ def read_original(content: Any, path: Path, weights: Weights) -> Found:
         raise InvalidInputError(
             f"{path.name} holds one set of weights and does not say which; leave out weights='raw'"
         )
-    # The averages hold what is learnt; all of a network of this kind is.
-    chosen = averaged if averaged and weights == "ema" else tensors_in(states[0])
+    taken = averaged if averaged and weights == "ema" else tensors_in(states[0])
+    chosen = {name: value for name, value in taken.items() if name != UNUSED}
     network = _config(chosen, path)
     size = ATTENTION_SIZE * 2 ** network.attention[0] if network.attention else None
     assumed = ["dropout: 0, for weights do not tell it; the published networks have 0.1 or 0"]
@@ -58,7 +61,7 @@ def read_original(content: Any, path: Path, weights: Weights) -> Found:
         weights=chosen,
         sines_first=True,
         size=None if size is None else (size, size),
-        weights_are="the only ones" if single else ("averaged" if chosen is averaged else "raw"),
+        weights_are="the only ones" if single else ("averaged" if taken is averaged else "raw"),
         assumed=tuple(assumed),
     )
 
