@@ -13,7 +13,7 @@ def _batches(images, config) -> Batches:
 
 
 def test_a_batch_depends_on_seed_and_step_alone(images, make_config):
-    config = make_config(horizontal_flip=True, label_dropout=0.5)
+    config = make_config(horizontal_flip=True, label_dropout=0.5, augment=0.5)
     forwards, backwards = _batches(images, config), _batches(images, config)
     first = [forwards[k] for k in range(6)]
     second = [backwards[k] for k in reversed(range(6))][::-1]
@@ -69,7 +69,7 @@ def test_noise_is_standard_normal_and_images_lie_in_range(images, make_config):
 
 
 def test_split_keeps_every_image_in_order(images, make_config):
-    batch = _batches(images, make_config(batch_size=7))[0]
+    batch = _batches(images, make_config(batch_size=7, augment=0.5))[0]
     pieces = batch.split(3)
     assert [len(piece.x0) for piece in pieces] == [3, 2, 2]
     for whole, parts in zip(batch, zip(*pieces, strict=True), strict=True):

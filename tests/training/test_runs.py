@@ -241,7 +241,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(
 
 
 def test_batches_made_ahead_are_the_same_and_their_thread_ends(images, make_config, tmp_path):
-    trainer = Trainer(make_config(), tmp_path, images=images, device="cpu")
+    trainer = Trainer(make_config(augment=0.5), tmp_path, images=images, device="cpu")
     with trainer._ahead as ahead:
         made = [ahead[k] for k in (0, 1, 2, 5, 6)]
     for k, batch in zip((0, 1, 2, 5, 6), made, strict=True):

@@ -44,6 +44,7 @@ def assert_same_checkpoint(one, two):
         {"network_options": {"dropout": 0.3}},
         {"horizontal_flip": True, "label_dropout": 0.5, "process": {"name": "flow"}},
         {"precision": "bfloat16"},
+        {"augment": 0.5, "held_out": 0.2, "sample_every": 3},
     ],
     ids=str,
 )

@@ -8,8 +8,10 @@ import typer
 
 from fewstep import __version__
 from fewstep.cli.average import average
+from fewstep.cli.data import data
 from fewstep.cli.demo import demo
 from fewstep.cli.doctor import doctor
+from fewstep.cli.evaluate import evaluate
 from fewstep.cli.export import export
 from fewstep.cli.importing import import_model
 from fewstep.cli.info import info
@@ -51,6 +53,8 @@ for command in (
     average,
     runs,
     tune,
+    data,
+    evaluate,
     info,
     export,
     statistics,

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import typer
 
 from fewstep.cli.launched import INTERRUPTED, clock, main_speaks, stop_on_signal
+from fewstep.cli.loading import load_with_progress, report_skipped
 from fewstep.cli.reading import json_object
 from fewstep.team import Team, leave
 from fewstep.training.config import TrainingConfig
 from fewstep.training.settings import settings_of
 
 if TYPE_CHECKING:
+    from fewstep.data import ImageSet
     from fewstep.training import Step, Trainer
 
 PLAIN_LINE_SECONDS = 10.0
@@ -114,8 +116,10 @@ def _train(
     """Train and tell of it; say whether it was interrupted."""
     from fewstep.training import Trainer
 
-    trainer = Trainer(config, out, device=device, resume=not overfit, force=force)
+    images = load_with_progress(config.data, **config.loading())
+    trainer = Trainer(config, out, images=images, device=device, resume=not overfit, force=force)
     _introduce(trainer)
+    report_skipped(images, out if trainer.group.is_main and not overfit else None)
     if overfit:
         _try_one_batch(trainer, min(config.steps, OVERFIT_STEPS))
         return False
@@ -161,16 +165,23 @@ def _introduce(trainer: Trainer) -> None:
     parameters = sum(p.numel() for p in state.network.parameters())
     typer.echo(
         f"{len(images)} images of {width}x{height}, {channels} channel{'s' if channels > 1 else ''}, "
-        f"{images.num_classes or 'no'} classes; network of {parameters:,} parameters on {trainer.device}, "
-        f"{trainer.precision}"
+        f"{images.num_classes or 'no'} classes{_captions(images)}; network of {parameters:,} parameters "
+        f"on {trainer.device}, {trainer.precision}"
         + (f", {trainer.group.size} workers" if trainer.group.size > 1 else "")
     )
+    if len(trainer.held_out_rows):
+        typer.echo(f"{len(trainer.held_out_rows)} of the images are kept from training")
     for finding in trainer.findings:
         typer.echo(f"Warning: {finding.message}", err=True)
     for change in trainer.changes:
         typer.echo(f"Changed: {change}")
     if state.step:
         typer.echo(f"Going on after step {state.step} of {trainer.config.steps}")
+
+
+def _captions(images: ImageSet) -> str:
+    count = sum(caption is not None for caption in images.captions)
+    return f", {count} captions (not used in training)" if count else ""
 
 
 def _report(fact: Step, trainer: Trainer) -> None:
@@ -189,6 +200,11 @@ def _report(fact: Step, trainer: Trainer) -> None:
     if fact.preview is None:
         return
     typer.echo(f"step {fact.step}: samples in {fact.preview}")
+    if fact.held_out is not None:
+        typer.echo(
+            f"  Error in the noise: {fact.held_out.unseen:.4f} on images kept from training, "
+            f"{fact.held_out.seen:.4f} on others"
+        )
     if fact.loss > trainer.pixelwise_loss:
         typer.echo(
             f"  They are still expected to be noise: the loss, {fact.loss:.4f}, is above "

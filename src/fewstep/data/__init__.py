@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fewstep.data.archive import write_npz
 from fewstep.data.checking import Finding, check_images
 from fewstep.data.files import cache_dir
 from fewstep.data.image_set import ImageSet
@@ -27,4 +28,5 @@ __all__ = [
     "save_folder",
     "save_image",
     "to_uint8",
+    "write_npz",
 ]

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.data.files import replacing
 from fewstep.data.image_set import ImageSet
 from fewstep.errors import DataError
 
@@ -25,8 +26,8 @@ LAYOUT = (
 def read_npz(file: Path | IO[bytes], source: str, split: str) -> ImageSet:
     """Read one split of an ``.npz`` file.
 
-    Keys: ``images``, optional ``labels`` and ``class_names``; or the same after ``train_`` and
-    ``test_`` (``class_names`` has no prefix). Images are integers 0..255 of shape (N, H, W),
+    Keys: ``images``, optional ``labels``, ``captions`` (empty: none) and ``class_names``; or the
+    same after ``train_`` and ``test_`` (``class_names`` has no prefix). Images are integers 0..255 of shape (N, H, W),
     (N, H, W, C) or (N, C, H, W) with C = 1 or 3; if the last dimension is 1 or 3 it is taken as
     C. Floats are refused, for [0, 1] and [-1, 1] cannot be told apart safely.
 
@@ -58,7 +59,29 @@ def read_npz(file: Path | IO[bytes], source: str, split: str) -> ImageSet:
     if f"{prefix}labels" in arrays:
         labels = _labels(arrays[f"{prefix}labels"], len(images), source)
         class_names = _class_names(arrays.get("class_names"), labels)
-    return ImageSet(images, labels, class_names, source)
+    captions = _captions(arrays.get(f"{prefix}captions"), len(images), source)
+    return ImageSet(images, labels, class_names, source, captions=captions)
+
+
+def write_npz(path: Path, image_set: ImageSet) -> None:
+    """Write a set so that `read_npz` gives it back.
+
+    Raises:
+        DataError: If the file cannot be written.
+    """
+    arrays: dict[str, np.ndarray] = {"images": image_set.images.cpu().numpy()}
+    if image_set.labels is not None:
+        arrays["labels"] = image_set.labels.cpu().numpy()
+        arrays["class_names"] = np.array(image_set.class_names)
+    if image_set.captions:
+        arrays["captions"] = np.array([caption or "" for caption in image_set.captions])
+    try:
+        with replacing(path) as file:
+            np.savez_compressed(file, **arrays)  # pyright: ignore[reportArgumentType]
+    except OSError as error:
+        raise DataError(
+            f"cannot write {path}: {error.strerror or error}; choose another place"
+        ) from error
 
 
 def _read_arrays(file: Path | IO[bytes], source: str) -> dict[str, np.ndarray]:
@@ -143,3 +166,15 @@ def _class_names(names: np.ndarray | None, labels: Tensor) -> tuple[str, ...]:
     if names.dtype.kind == "S":
         names = np.char.decode(names, "utf-8")
     return tuple(str(name) for name in names.reshape(-1))
+
+
+def _captions(array: np.ndarray | None, count: int, source: str) -> tuple[str | None, ...]:
+    if array is None:
+        return ()
+    if array.dtype.kind not in "US" or array.shape != (count,):
+        raise DataError(
+            f"captions in {source} are {array.dtype} of shape {array.shape}; needed is text of shape "
+            f"({count},), one for each image, empty where there is none"
+        )
+    texts = np.char.decode(array, "utf-8") if array.dtype.kind == "S" else array
+    return tuple(str(text) or None for text in texts)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
-from torch import Tensor
 
 from fewstep.data.image_set import ImageSet
 
@@ -41,8 +40,10 @@ def check_images(image_set: ImageSet) -> list[Finding]:
     findings = [
         *_check_count(image_set),
         *_check_shape(image_set),
-        *_check_values(image_set.images),
+        *_check_values(image_set),
         *_check_labels(image_set),
+        *_check_captions(image_set),
+        *_check_enlarged(image_set),
         *_check_skipped(image_set),
     ]
     return sorted(findings, key=lambda finding: finding.severity != "error")
@@ -76,26 +77,55 @@ def _check_shape(image_set: ImageSet) -> Iterator[Finding]:
         )
 
 
-def _check_values(images: Tensor) -> Iterator[Finding]:
-    if images.numel() == 0:
+@dataclass(frozen=True)
+class _Values:
+    """What one pass over all images tells: a digest of each (8 bytes), and its lowest and highest value."""
+
+    digests: np.ndarray
+    lows: np.ndarray
+    highs: np.ndarray
+
+    @classmethod
+    def of(cls, image_set: ImageSet) -> _Values:
+        count = len(image_set)
+        values = cls(
+            np.empty(count, np.uint64), np.empty(count, np.uint8), np.empty(count, np.uint8)
+        )
+        for start, chunk in image_set.chunks():
+            pixels = chunk.cpu().reshape(len(chunk), -1).numpy()
+            rows = slice(start, start + len(chunk))
+            values.lows[rows], values.highs[rows] = pixels.min(1), pixels.max(1)
+            values.digests[rows] = np.frombuffer(
+                b"".join(
+                    hashlib.blake2b(np.ascontiguousarray(row).data, digest_size=8).digest()
+                    for row in pixels
+                ),
+                np.uint64,
+            )
+        return values
+
+
+def _check_values(image_set: ImageSet) -> Iterator[Finding]:
+    if image_set.images.numel() == 0:
         return
-    digests = Counter(hashlib.blake2b(image.numpy().tobytes()).digest() for image in images.cpu())
-    if len(images) > 1 and len(digests) == 1:
-        yield Finding("error", f"all {len(images)} images are identical; check how they were made")
+    values = _Values.of(image_set)
+    _, frequencies = np.unique(values.digests, return_counts=True)
+    total, different = len(image_set), len(frequencies)
+    if total > 1 and different == 1:
+        yield Finding("error", f"all {total} images are identical; check how they were made")
         return
-    copies = len(images) - len(digests)
+    copies = total - different
     if copies:
         yield Finding(
             "warning",
-            f"{copies} of {len(images)} images are exact copies of others, the most frequent "
-            f"occurs {max(digests.values())} times; remove the copies, for the model will prefer "
+            f"{copies} of {total} images are exact copies of others, the most frequent "
+            f"occurs {frequencies.max()} times; remove the copies, for the model will prefer "
             "these images",
         )
-    yield from _check_range(images)
+    yield from _check_range(values.lows, values.highs)
 
 
-def _check_range(images: Tensor) -> Iterator[Finding]:
-    lows, highs = images.flatten(1).amin(1), images.flatten(1).amax(1)
+def _check_range(lows: np.ndarray, highs: np.ndarray) -> Iterator[Finding]:
     low, high = int(lows.min()), int(highs.max())
     constant = int((lows == highs).sum())
     if high <= 1:
@@ -111,13 +141,13 @@ def _check_range(images: Tensor) -> Iterator[Finding]:
             f"pixel values run from {low} to {high} only, of 0..255; if they were meant to fill "
             "the range, rescale them before storing uint8",
         )
-    if constant == len(images):
+    if constant == len(lows):
         yield Finding("error", f"all {constant} images are constant: one flat value each")
     elif constant:
         yield Finding(
             "warning",
-            f"{constant} of {len(images)} images are constant, the first is number "
-            f"{int((lows == highs).nonzero()[0])} counted from 0; remove them",
+            f"{constant} of {len(lows)} images are constant, the first is number "
+            f"{int((lows == highs).argmax())} counted from 0; remove them",
         )
 
 
@@ -157,6 +187,29 @@ def _check_labels(image_set: ImageSet) -> Iterator[Finding]:
             "warning",
             f"{len(empty)} of {len(names)} classes have no image: {', '.join(empty[:5])}; the "
             "model cannot learn them: add images or drop the classes",
+        )
+
+
+def _check_captions(image_set: ImageSet) -> Iterator[Finding]:
+    captions = image_set.captions
+    if captions and len(captions) != len(image_set):
+        yield Finding(
+            "error",
+            f"{len(captions)} captions for {len(image_set)} images; give one, or None, for each image",
+        )
+    elif captions and None in captions:
+        missing = sum(caption is None for caption in captions)
+        yield Finding("warning", f"{missing} of {len(image_set)} images have no caption")
+
+
+def _check_enlarged(image_set: ImageSet) -> Iterator[Finding]:
+    if image_set.enlarged and image_set.smallest is not None:
+        width, height = image_set.smallest
+        yield Finding(
+            "warning",
+            f"{image_set.enlarged} of {len(image_set)} images are smaller than the size asked, "
+            f"{image_set.shape[2]}, and were enlarged, the smallest from {width}x{height}: the model "
+            "will learn their blur; choose a smaller size, or leave them out",
         )
 
 

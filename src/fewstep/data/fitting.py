@@ -76,27 +76,19 @@ def refit(images: Tensor, size: int | None, channels: int | None) -> Tensor:
     if size in (None, height) and size in (None, width) and channels in (None, stored):
         return images
     mode = "L" if (channels or stored) == 1 else "RGB"
-    return stack(
-        [
-            np.asarray(picture if size is None else fit(picture, size))
-            for picture in (as_picture(image).convert(mode) for image in images)
-        ]
-    )
+    shape = (height, width) if size is None else (size, size)
+    refitted = np.empty((len(images), channels or stored, *shape), np.uint8)
+    for result, image in zip(refitted, images, strict=True):
+        picture = as_picture(image).convert(mode)
+        pixels = np.asarray(picture if size is None else fit(picture, size))
+        result[:] = pixels if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return torch.from_numpy(refitted)
 
 
 def as_picture(image: Tensor) -> Image.Image:
     """A uint8 ``(C, H, W)`` image with 1 or 3 channels as a Pillow picture."""
     array = image.permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(array[..., 0] if array.shape[-1] == 1 else array)
-
-
-def stack(pixels: list[np.ndarray]) -> Tensor:
-    """Stack ``(H, W)`` and ``(H, W, 3)`` pictures to ``(N, C, H, W)``: C = 1 if all are grey."""
-    channels = max(3 if picture.ndim == 3 else 1 for picture in pixels)
-    images = np.empty((len(pixels), channels, *pixels[0].shape[:2]), dtype=np.uint8)
-    for image, picture in zip(images, pixels, strict=True):
-        image[:] = picture if picture.ndim == 2 else picture.transpose(2, 0, 1)
-    return torch.from_numpy(images)
 
 
 def _narrow(image: Image.Image) -> Image.Image:

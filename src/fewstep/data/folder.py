@@ -1,73 +1,138 @@
-"""Folders of pictures of any size and kind; class sub-folders become labels."""
+"""Folders of pictures of any size and kind; classes by sub-folder or label file, captions beside the pictures."""
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-
-from fewstep.data.fitting import stack, to_pixels
-from fewstep.data.image_set import ImageSet
+from fewstep.data.label_file import LabelFile
+from fewstep.data.sources import (
+    SPLIT_FOLDERS,
+    SUFFIXES,
+    OnProgress,
+    Picture,
+    is_hidden,
+    is_picture,
+    stem_of,
+)
 from fewstep.errors import DataError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-SPLIT_FOLDERS = {"train", "test", "val", "valid", "validation"}
+LABEL_FILES = ("labels.csv", "metadata.csv")
+PROGRESS_EVERY = 10_000
 
 
-def read_folder(folder: Path, size: int | None, channels: int | None, split: str) -> ImageSet:
-    """Read every picture below ``folder``.
+class NoPicturesError(DataError):
+    """A folder holds no pictures; it may hold archives of them."""
 
-    Sub-folders are classes in the order of their names; what lies deeper belongs to the
-    sub-folder. Where the only sub-folders are splits (``train/``, ``test/``), the asked one is
-    read. Hidden files and files that are no pictures are passed over; unreadable pictures are
-    listed in ``skipped``.
+
+class Folder:
+    """All pictures below a folder, by name: of a million files only the names are held.
+
+    Sub-folders are classes in the order of their names; what lies deeper belongs to the sub-folder.
+    A label file (``labels.csv`` or ``metadata.csv`` in the folder, or the one given) goes before
+    them. ``name.txt`` beside ``name.jpg`` is its caption. Hidden files and files that are no
+    pictures are passed over.
 
     Args:
-        folder: An existing folder.
-        size: Edge of the square images in pixels; None if all have one shape already.
-        channels: 1, 3, or None: 1 if every image is grey, else 3.
-        split: ``"train"`` or ``"test"``.
-
-    Returns:
-        The images, with labels if there are class sub-folders.
+        root: An existing folder.
+        labels: A label file; None: one that lies in the folder, if any.
+        on_progress: Told of long scans.
 
     Raises:
-        DataError: If nothing can be read, shapes differ and no size is given, or pictures lie
-            beside class sub-folders.
+        NoPicturesError: If there are no pictures.
+        DataError: If the label file does not match them.
     """
-    root = _split_folder(folder, split)
-    files = list(_pictures(root))
-    if not files:
-        raise DataError(
-            f"no images in {root}; put files there that end in {', '.join(SUFFIXES)}, "
-            "directly or in one sub-folder for each class"
-        )
-    class_names = _class_names(root, files)
-    pixels, kept, skipped = _decode(files, size, channels)
-    if not kept:
-        path, reason = skipped[0]
-        raise DataError(
-            f"none of the {len(files)} images in {root} could be read; the first was {path}: "
-            f"{reason}. Save them again as PNG or JPEG"
-        )
-    labels = [class_names.index(file.relative_to(root).parts[0]) for file in kept if class_names]
-    return ImageSet(
-        images=stack(pixels),
-        labels=torch.tensor(labels) if class_names else None,
-        class_names=class_names,
-        source=str(root),
-        skipped=tuple(skipped),
-    )
+
+    def __init__(
+        self, root: Path, labels: Path | None = None, on_progress: OnProgress | None = None
+    ) -> None:
+        self.root = root
+        self._names: list[str] = []
+        self._captioned: set[str] = set()
+        for name in _files(str(root), "", ()):
+            if is_picture(name):
+                self._names.append(name)
+                if on_progress is not None and len(self._names) % PROGRESS_EVERY == 0:
+                    on_progress("finding images", len(self._names), None)
+            elif name.lower().endswith(".txt"):
+                self._captioned.add(stem_of(name))
+        if not self._names:
+            raise NoPicturesError(
+                f"no images in {root}; put files there that end in {', '.join(SUFFIXES)}, directly or "
+                "in one sub-folder for each class, or tar shards of such files"
+            )
+        if labels is None:
+            found = [root / name for name in LABEL_FILES if (root / name).is_file()]
+            labels = found[0] if found else None
+        self._table = None if labels is None else LabelFile(labels)
+        if self._table is not None:
+            self._table.require_match(self._names, str(root))
+
+    def count(self) -> int:
+        """Return how many pictures there are."""
+        return len(self._names)
+
+    def content_bytes(self) -> int:
+        """Return the bytes of all pictures, reckoned from at most 1000 of them."""
+        some = self._names[:: max(1, len(self._names) // 1000)]
+        sizes = [os.stat(self.root / name).st_size for name in some]
+        return sum(sizes) * len(self._names) // len(sizes)
+
+    def fingerprint(self) -> str:
+        """Return a digest of the names, sizes and times of change of all files."""
+        digest = hashlib.blake2b(digest_size=16)
+        for name in self._names:
+            _add_state(digest, f"{self.root}/{name}", name)
+        for stem in sorted(self._captioned):
+            _add_state(digest, f"{self.root}/{stem}.txt", stem)
+        if self._table is not None:
+            _add_state(digest, str(self._table.path), "labels")
+        return digest.hexdigest()
+
+    def pictures(self) -> Iterator[Picture]:
+        """Yield every picture, in the order of the names."""
+        table = self._table
+        for name in self._names:
+            row = table.rows[name] if table is not None else None
+            label = row.label if row is not None and row.label is not None else None
+            if label is None and (table is None or not table.has_labels):
+                label = name.partition("/")[0] if "/" in name else None
+            caption = row.caption if row is not None else None
+            if caption is None and stem_of(name) in self._captioned:
+                caption = _caption_beside(f"{self.root}/{stem_of(name)}.txt")
+            yield Picture(name, f"{self.root}/{name}", label, caption)
+
+    def class_of(self, labels: Sequence[str]) -> dict[str, str]:
+        """Return the classes of the label file, or the sub-folders.
+
+        Raises:
+            DataError: Pictures lie beside the class sub-folders.
+        """
+        if self._table is None or not self._table.has_labels:
+            self._require_no_strays(labels)
+        return {label: label for label in labels}
+
+    def _require_no_strays(self, folders: Sequence[str]) -> None:
+        strays = [name for name in self._names if "/" not in name]
+        if folders and strays:
+            raise DataError(
+                f"{self.root} mixes class sub-folders ({', '.join(sorted(folders)[:3])}) with "
+                f"{len(strays)} images that have no class, such as {strays[0]}: move these into a "
+                "sub-folder, or all images into one folder for a model without classes, or give "
+                "each image a class in labels.csv"
+            )
 
 
-def _split_folder(folder: Path, split: str) -> Path:
-    names = {path.name for path in folder.iterdir() if path.is_dir() and not _hidden(path)}
+def split_folder(folder: Path, split: str) -> Path:
+    """Return the sub-folder of a split where the only sub-folders are splits, else the folder itself.
+
+    Raises:
+        DataError: If there is no such split.
+    """
+    with os.scandir(folder) as entries:
+        names = {e.name for e in entries if not is_hidden(e.name) and e.is_dir()}
     if split in names and names <= SPLIT_FOLDERS:
         return folder / split
     if split != "train":
@@ -78,78 +143,33 @@ def _split_folder(folder: Path, split: str) -> Path:
     return folder
 
 
-def _pictures(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
-    """All pictures below a folder in the order of their names; circular links end the descent."""
-    resolved = folder.resolve()
+def _files(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
+    """Yield the names of all files below a folder, in order; circular links end the descent."""
+    resolved = os.path.realpath(folder)
     if resolved in above:
         return
-    for path in sorted(folder.iterdir()):
-        if _hidden(path):
-            continue
-        if path.is_dir():
-            yield from _pictures(path, (*above, resolved))
-        elif path.suffix.lower() in SUFFIXES:
-            yield path
+    with os.scandir(folder) as entries:
+        # A folder's name is marked by the slash that no file's name can hold.
+        names = [e.name + "/" * e.is_dir() for e in entries if not is_hidden(e.name)]
+    names.sort(key=lambda name: name.rstrip("/"))
+    for name in names:
+        if name.endswith("/"):
+            yield from _files(f"{folder}/{name[:-1]}", prefix + name, (*above, resolved))
+        else:
+            yield prefix + name
 
 
-def _hidden(path: Path) -> bool:
-    return path.name.startswith(".") or path.name == "__MACOSX"
-
-
-def _class_names(root: Path, files: list[Path]) -> tuple[str, ...]:
-    parts = [file.relative_to(root).parts for file in files]
-    names = sorted({part[0] for part in parts if len(part) > 1})
-    beside = [part[0] for part in parts if len(part) == 1]
-    if names and beside:
-        raise DataError(
-            f"{root} mixes class sub-folders ({', '.join(names[:3])}) with {len(beside)} images "
-            f"that have no class, such as {beside[0]}: move these into a sub-folder, or all "
-            "images into one folder for a model without classes"
-        )
-    return tuple(names)
-
-
-@dataclass(frozen=True)
-class _Broken:
-    reason: str
-
-
-def _decode(
-    files: list[Path], size: int | None, channels: int | None
-) -> tuple[list[np.ndarray], list[Path], list[tuple[str, str]]]:
-    """Pixels and paths of what could be read, and the rest with reasons."""
-    pixels: list[np.ndarray] = []
-    kept: list[Path] = []
-    skipped: list[tuple[str, str]] = []
-    # Decoding releases the interpreter lock, so threads help.
-    pool = ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1))
+def _add_state(digest: hashlib.blake2b, path: str, name: str) -> None:
     try:
-        for file, result in zip(
-            files, pool.map(lambda path: _decode_one(path, size, channels), files), strict=True
-        ):
-            if isinstance(result, _Broken):
-                skipped.append((str(file), result.reason))
-                continue
-            if pixels and result.shape[:2] != pixels[0].shape[:2]:
-                raise _sizes_differ(kept[0], pixels[0], file, result)
-            pixels.append(result)
-            kept.append(file)
-    finally:
-        pool.shutdown(cancel_futures=True)
-    return pixels, kept, skipped
+        state = os.stat(path)
+        digest.update(f"{name}\0{state.st_size}\0{state.st_mtime_ns}\n".encode(errors="replace"))
+    except OSError:  # a dangling link: reported when it is read
+        digest.update(f"{name}\0missing\n".encode(errors="replace"))
 
 
-def _decode_one(path: Path, size: int | None, channels: int | None) -> np.ndarray | _Broken:
+def _caption_beside(path: str) -> str | None:
     try:
-        with Image.open(path) as image:
-            return to_pixels(image, size, channels)
-    except Exception as error:  # decoders raise almost anything on malformed bytes
-        return _Broken(f"{type(error).__name__}: {error}")
-
-
-def _sizes_differ(path: Path, pixels: np.ndarray, other: Path, others: np.ndarray) -> DataError:
-    return DataError(
-        f"the images differ in size: {path.name} is {pixels.shape[1]}x{pixels.shape[0]} and "
-        f"{other.name} is {others.shape[1]}x{others.shape[0]} pixels. Give a size, such as "
-        "size=64 (--size 64): every image is then cut to its central square and resized"
-    )
+        with open(path, encoding="utf-8", errors="replace") as file:
+            return file.read().strip() or None
+    except OSError:
+        return None

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -11,12 +13,14 @@ from torch import Tensor
 
 from fewstep.errors import DataError, InvalidInputError
 
+CHUNK_BYTES = 2**24
+
 Indices = Tensor | Sequence[int] | np.ndarray | range
 
 
 @dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images in memory as bytes, ready to be drawn in batches of floats in [-1, 1].
+    """Images as bytes, in memory or mapped from a file, ready to be drawn in batches of floats in [-1, 1].
 
     The fields are kept as given; `check_images` says whether they suit training.
 
@@ -26,6 +30,10 @@ class ImageSet:
         class_names: What each label means; empty if there are no labels.
         source: Where the images came from, for records and messages.
         skipped: ``(path, reason)`` of every file that could not be read.
+        captions: What each image shows in words, or None; empty if there are no captions at all.
+        enlarged: How many images were smaller than the size asked for.
+        smallest: Width and height in pixels of the smallest of these.
+        known_digest: The `digest`, where it is on record; None: it is computed when asked for.
 
     Raises:
         DataError: If ``images`` is not a uint8 tensor with four dimensions.
@@ -43,6 +51,10 @@ class ImageSet:
     class_names: tuple[str, ...] = ()
     source: str = "memory"
     skipped: tuple[tuple[str, str], ...] = ()
+    captions: Sequence[str | None] = ()
+    enlarged: int = 0
+    smallest: tuple[int, int] | None = None
+    known_digest: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse anything that is not a stack of byte images."""
@@ -67,6 +79,48 @@ class ImageSet:
         """Channels, height and width of each image."""
         _, channels, height, width = self.images.shape
         return channels, height, width
+
+    @cached_property
+    def digest(self) -> str:
+        """A digest of all pixels and labels, which tells whether two sets are the same; computed in chunks."""
+        if self.known_digest is not None:
+            return self.known_digest
+        digest = hashlib.blake2b(digest_size=16)
+        for _, chunk in self.chunks():
+            digest.update(np.ascontiguousarray(chunk.cpu().numpy()).data)
+        if self.labels is not None:
+            digest.update(self.labels.cpu().numpy().tobytes())
+        return digest.hexdigest()
+
+    def chunks(self, chunk_bytes: int = CHUNK_BYTES) -> Iterator[tuple[int, Tensor]]:
+        """Yield the images in order, so many at once that each chunk fits well into memory.
+
+        Args:
+            chunk_bytes: About how large a chunk may be.
+
+        Yields:
+            The number of the chunk's first image, and its images, uint8 (B, C, H, W).
+        """
+        channels, height, width = self.shape
+        count = max(1, chunk_bytes // max(1, channels * height * width))
+        for start in range(0, len(self), count):
+            yield start, self.images[start : start + count]
+
+    def subset(self, indices: Indices) -> ImageSet:
+        """Return some of the images, copied into memory.
+
+        Args:
+            indices: Which images, each in 0..N-1.
+        """
+        rows = torch.as_tensor(indices, dtype=torch.long, device=self.images.device)
+        captions = [self.captions[k] for k in rows.tolist()] if self.captions else ()
+        return ImageSet(
+            self.images[rows],
+            None if self.labels is None else self.labels[rows],
+            self.class_names,
+            self.source,
+            captions=captions,
+        )
 
     def batch(self, indices: Indices) -> tuple[Tensor, Tensor | None]:
         """Draw images as floats, ``x = bytes / 127.5 - 1``, with their labels.

@@ -26,6 +26,7 @@ class NetworkConfig(ABC):
             ``in_channels`` stands for a learned variance.
         num_classes: Number of classes, 0 for none; label ``num_classes`` is the null class.
         context_width: Width of the context for cross-attention, 0 for none.
+        augment_width: Numbers that tell the network how an image was augmented, 0 for none.
         time_scale: Factor on t before its embedding: 1 for t in steps, 1000 for t in [0, 1].
     """
 
@@ -36,6 +37,7 @@ class NetworkConfig(ABC):
     out_channels: int | None = None
     num_classes: int = 0
     context_width: int = 0
+    augment_width: int = 0
     time_scale: float = 1.0
 
     def __post_init__(self) -> None:
@@ -45,6 +47,7 @@ class NetworkConfig(ABC):
             require_whole("out_channels", self.out_channels, 1)
         require_whole("num_classes", self.num_classes, 0)
         require_whole("context_width", self.context_width, 0)
+        require_whole("augment_width", self.augment_width, 0)
         if not (is_number(self.time_scale) and 0 < self.time_scale < math.inf):
             raise InvalidInputError(
                 f"time_scale = {self.time_scale!r}; give a finite number above 0, "
@@ -119,7 +122,12 @@ class Network(nn.Module, Generic[Config]):
         return checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=draws)
 
     def check_inputs(
-        self, x: Tensor, t: Tensor, labels: Tensor | None, context: Tensor | None
+        self,
+        x: Tensor,
+        t: Tensor,
+        labels: Tensor | None,
+        context: Tensor | None,
+        augment: Tensor | None = None,
     ) -> None:
         """Refuse what the network cannot take.
 
@@ -150,6 +158,12 @@ class Network(nn.Module, Generic[Config]):
         if labels is not None:
             self._check_labels(labels, x.shape[0])
         self._check_context(context, x.shape[0])
+        width = self.config.augment_width
+        if augment is not None and augment.shape != (x.shape[0], width):
+            raise InvalidInputError(
+                f"augmentations of shape {tuple(augment.shape)} do not fit; give shape ({x.shape[0]}, {width}), "
+                "or build the network with augment_width to match"
+            )
 
     def _check_labels(self, labels: Tensor, batch: int) -> None:
         classes = self.config.num_classes
@@ -193,6 +207,18 @@ class Network(nn.Module, Generic[Config]):
                 f"context of shape {tuple(context.shape)} does not fit; "
                 f"give shape ({batch}, L, {width})"
             )
+
+
+def augment_map(config: NetworkConfig, width: int) -> nn.Linear | None:
+    """Return the map from augmentations to a network's embedding, zero at the start; None if it takes none.
+
+    It has no bias: for an image that was not augmented it must add nothing.
+    """
+    if not config.augment_width:
+        return None
+    layer = nn.Linear(config.augment_width, width, bias=False)
+    nn.init.zeros_(layer.weight)
+    return layer
 
 
 def is_number(value: object) -> bool:

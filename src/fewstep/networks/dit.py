@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.networks.base import Network
+from fewstep.networks.base import Network, augment_map
 from fewstep.networks.blocks import TimeEmbedding, attend, sinusoidal_embedding, zero_
 from fewstep.networks.dit_config import DiTConfig
 from fewstep.networks.presets import preset_config
@@ -53,6 +53,7 @@ class DiT(Network[DiTConfig]):
         width, out_channels = config.width, config.out_channels or config.in_channels
         self.time = TimeEmbedding(FREQUENCIES, width, config.time_scale)
         self.classes = nn.Embedding(config.num_classes + 1, width) if config.num_classes else None
+        self.augment = augment_map(config, width)
         self.patches = nn.Linear(config.patch**2 * config.in_channels, width)
         self.blocks = nn.ModuleList(
             DiTBlock(width, config.heads, round(config.mlp_ratio * width))
@@ -82,7 +83,7 @@ class DiT(Network[DiTConfig]):
     def _initialise(self) -> None:
         """Draw Glorot's weights, zero the biases, the modulations and the last layer."""
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
         embeddings = [self.time.lift, self.time.mix, self.classes]
@@ -100,6 +101,7 @@ class DiT(Network[DiTConfig]):
         t: Tensor,
         labels: Tensor | None = None,
         context: Tensor | None = None,
+        augment: Tensor | None = None,
     ) -> Tensor:
         """Evaluate the network.
 
@@ -110,6 +112,8 @@ class DiT(Network[DiTConfig]):
             labels: Classes, shape (B,), integers in 0..num_classes; ``num_classes`` is the null
                 class, and None stands for it.
             context: None; a DiT attends to no context.
+            augment: How the images were augmented, shape (B, augment_width), zeros for not at
+                all; None stands for zeros.
 
         Returns:
             Shape (B, out_channels, H, W), in the floating type of ``x``.
@@ -117,10 +121,10 @@ class DiT(Network[DiTConfig]):
         Raises:
             InvalidInputError: A shape, type or label that the network cannot take.
         """
-        self.check_inputs(x, t, labels, context)
+        self.check_inputs(x, t, labels, context, augment)
         edge, dtype = self.config.patch, self.patches.weight.dtype
         rows, columns = x.shape[2] // edge, x.shape[3] // edge
-        condition = self._embed(t.to(x.device).expand(x.shape[0]), labels)
+        condition = self._embed(t.to(x.device).expand(x.shape[0]), labels, augment)
         tokens = self.patches(patchify(x.to(dtype), edge))
         positions = position_embedding(rows, columns, self.config.width, x.device)
         tokens = tokens + positions.to(tokens.dtype)
@@ -131,13 +135,15 @@ class DiT(Network[DiTConfig]):
             y = y.contiguous(memory_format=torch.channels_last)
         return y.to(x.dtype)
 
-    def _embed(self, t: Tensor, labels: Tensor | None) -> Tensor:
-        """Return ``silu(time embedding + class embedding)``, (B, width): what all blocks project."""
+    def _embed(self, t: Tensor, labels: Tensor | None, augment: Tensor | None) -> Tensor:
+        """Return ``silu(time + class + augmentation embedding)``, (B, width): what all blocks project."""
         embedding = self.time(t)
         if self.classes is not None:
             null = self.config.num_classes
             chosen = torch.full_like(t, null, dtype=torch.long) if labels is None else labels
             embedding = embedding + self.classes(chosen)
+        if self.augment is not None and augment is not None:
+            embedding = embedding + self.augment(augment.to(embedding))
         return F.silu(embedding)
 
 

@@ -14,8 +14,8 @@ class DiTConfig(NetworkConfig):
     """Everything that decides the shape of a `DiT`.
 
     Args:
-        in_channels: See `NetworkConfig`, as for ``out_channels``, ``num_classes`` and
-            ``time_scale``; ``context_width`` must be 0.
+        in_channels: See `NetworkConfig`, as for ``out_channels``, ``num_classes``,
+            ``augment_width`` and ``time_scale``; ``context_width`` must be 0.
         patch: Edge of the square patches, in pixels; each is a token.
         width: Width of a token, a multiple of 4.
         depth: Number of blocks.

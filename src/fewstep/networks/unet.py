@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fewstep.networks.base import Network
+from fewstep.networks.base import Network, augment_map
 from fewstep.networks.blocks import (
     Attention,
     Downsample,
@@ -64,6 +64,7 @@ class UNet(Network[UNetConfig]):
         self.classes = (
             nn.Embedding(config.num_classes + 1, embedding_width) if config.num_classes else None
         )
+        self.augment = augment_map(config, embedding_width)
         self.conv_in = nn.Conv2d(config.in_channels, width, 3, padding=1)
         skips = [width]
         self.down = nn.ModuleList(self._down_path(skips))
@@ -198,6 +199,7 @@ class UNet(Network[UNetConfig]):
         t: Tensor,
         labels: Tensor | None = None,
         context: Tensor | None = None,
+        augment: Tensor | None = None,
     ) -> Tensor:
         """Evaluate the network.
 
@@ -209,6 +211,8 @@ class UNet(Network[UNetConfig]):
                 class, and None stands for it.
             context: Sequences to attend to, shape (B, L, context_width), where the network takes
                 them.
+            augment: How the images were augmented, shape (B, augment_width), zeros for not at
+                all; None stands for zeros.
 
         Returns:
             Shape (B, out_channels, H, W), in the floating type of ``x``.
@@ -216,9 +220,9 @@ class UNet(Network[UNetConfig]):
         Raises:
             InvalidInputError: A shape, type or label that the network cannot take.
         """
-        self.check_inputs(x, t, labels, context)
+        self.check_inputs(x, t, labels, context, augment)
         weight = self.conv_in.weight
-        embedding = self._embed(t.to(x.device).expand(x.shape[0]), labels)
+        embedding = self._embed(t.to(x.device).expand(x.shape[0]), labels, augment)
         if context is not None:
             context = context.to(weight.dtype)
         h = self.conv_in(x.to(weight.dtype))
@@ -255,11 +259,13 @@ class UNet(Network[UNetConfig]):
             skip = skip * self.config.skip_scale
         return stage(torch.cat([h, skip], dim=1), embedding, context)
 
-    def _embed(self, t: Tensor, labels: Tensor | None) -> Tensor:
-        """Return ``silu(time embedding + class embedding)``, (B, E): what all blocks project."""
+    def _embed(self, t: Tensor, labels: Tensor | None, augment: Tensor | None) -> Tensor:
+        """Return ``silu(time + class + augmentation embedding)``, (B, E): what all blocks project."""
         embedding = self.time(t)
         if self.classes is not None:
             null = self.config.num_classes
             chosen = torch.full_like(t, null, dtype=torch.long) if labels is None else labels
             embedding = embedding + self.classes(chosen)
+        if self.augment is not None and augment is not None:
+            embedding = embedding + self.augment(augment.to(embedding))
         return F.silu(embedding)

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from fewstep import process as processes
 from fewstep.errors import InvalidInputError, unknown_name
 from fewstep.networks import NetworkConfig, presets
+from fewstep.training.augmentation import WIDTH as AUGMENT_WIDTH
 from fewstep.training.loss_weights import WEIGHTS
 from fewstep.training.named import full_form
 from fewstep.training.objective import Objective
@@ -55,7 +56,7 @@ class TrainingConfig:
     data: Annotated[
         str,
         Setting(
-            "Images: a folder (sub-folders are classes), an .npz file, or a name such as mnist-1000.",
+            "Images: a folder (sub-folders are classes), tar shards, an .npz file, or a name such as mnist-1000.",
             group="Images",
             decides=False,  # the images themselves are compared
         ),
@@ -69,6 +70,40 @@ class TrainingConfig:
     channels: Annotated[
         int | None, Setting("1 (grey) or 3 (RGB); by default as they are.", Whole(1), "Images")
     ] = None
+    labels: Annotated[
+        str | None,
+        Setting(
+            "CSV file with the columns file_name and label or caption; by default labels.csv beside the images.",
+            group="Images",
+            decides=False,  # the labels themselves are compared
+        ),
+    ] = None
+    cache: Annotated[
+        str,
+        Setting(
+            "Keep decoded images on disk: auto (if they are many), off, or the folder to keep them in.",
+            group="Images",
+            decides=False,
+        ),
+    ] = "auto"
+    held_out: Annotated[
+        float,
+        Setting(
+            "Share of images kept from training, 0 to 0.5, to measure what it does to new ones.",
+            Number(0, 0.5, open_high=False),
+            "Images",
+            advice="With each sheet the error on them is logged, see [Few images](few-images.md)",
+        ),
+    ] = 0.0
+    augment: Annotated[
+        float,
+        Setting(
+            "Probability, 0 to 1, of each augmentation that the network is told of; for few images.",
+            Number(0, 1, open_high=False),
+            "Images",
+            advice="0.1 to 0.3; see [Few images](few-images.md)",
+        ),
+    ] = 0.0
     horizontal_flip: Annotated[
         bool,
         Setting(
@@ -395,10 +430,16 @@ class TrainingConfig:
         fitted = {
             "in_channels": channels,
             "num_classes": num_classes,
+            "augment_width": AUGMENT_WIDTH if self.augment else 0,
             "time_scale": 250.0 if self.predicts == "edm" else 1000.0 if ends_at_one else 1.0,
             "out_channels": 2 * channels if self.learned_variance else None,
         }
         return presets()[self.network].config.replace(**{**fitted, **self.network_options})
+
+    def loading(self) -> dict[str, Any]:
+        """Return the options of `load_images`."""
+        names = ("size", "channels", "labels", "cache")
+        return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the settings as plain data, ready for JSON."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep.training.config import TrainingConfig
+from fewstep.training.held_out import HeldOut
 from fewstep.training.measuring import Measurement
 
 
@@ -29,6 +30,7 @@ class Step:
         measurement: How far samples are from data, if that was measured after this update.
         checkpoint: The checkpoint that was written after this update, if any.
         preview: The sheet of samples that was written after this update, if any.
+        held_out: Error on images kept from training, and on others, if it was measured after this update.
     """
 
     step: int
@@ -40,6 +42,7 @@ class Step:
     measurement: Measurement | None = None
     checkpoint: Path | None = None
     preview: Path | None = None
+    held_out: HeldOut | None = None
 
     def figures(self) -> dict[str, Any]:
         """Return what the log and TensorBoard are told, beside the step."""
@@ -51,6 +54,7 @@ class Step:
             "images_per_second": round(self.images_per_second, 1),
             "skipped": self.skipped,
             **measured,
+            **({} if self.held_out is None else self.held_out.figures()),
         }
 
 

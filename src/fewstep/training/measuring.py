@@ -77,7 +77,7 @@ class Ruler:
         self._target = FeatureStatistics.of(self._read(shown))
         self._reference, self._count = f"{len(shown)} {reference}", count
         own = _spread(len(images), count)
-        self._floor = frechet_distance(self._read(images.images[own]), self._target)
+        self._floor = self.distance(images.images[own])
         labels = images.labels
         self._labels = (
             None if labels is None else labels[torch.arange(count) * len(images) // count].tolist()
@@ -100,8 +100,12 @@ class Ruler:
             labels=self._labels if model.class_names else None,
             batch_size=CHUNK,
         )
-        distance = frechet_distance(self._read(samples.uint8()), self._target)
+        distance = self.distance(samples.uint8())
         return Measurement(distance, self._floor, self.name, self._reference, self._count)
+
+    def distance(self, images: Tensor) -> float:
+        """Return the distance of byte images (N, C, H, W), N at least 2, to the reference."""
+        return frechet_distance(self._read(images), self._target)
 
     def _read(self, images: Tensor) -> Tensor:
         return torch.cat([self.features(chunk) for chunk in images.split(CHUNK)])

@@ -17,7 +17,14 @@ from fewstep import process as processes
 from fewstep.checkpoints import only_writer, remove_leftovers, save_json, write_folder
 from fewstep.data import ImageSet, load_images
 from fewstep.errors import CheckpointError
-from fewstep.models import CHECKPOINTS, STEP_PREFIX, ModelConfig, checkpoints_of, read_config
+from fewstep.models import (
+    CHECKPOINTS,
+    STEP_PREFIX,
+    Model,
+    ModelConfig,
+    checkpoints_of,
+    read_config,
+)
 from fewstep.team import Team, join
 from fewstep.training.ahead import Ahead
 from fewstep.training.batches import Batch, Batches
@@ -25,6 +32,7 @@ from fewstep.training.config import TrainingConfig
 from fewstep.training.facts import Step, Window
 from fewstep.training.gradients import Gradients
 from fewstep.training.guard import Guard
+from fewstep.training.held_out import HeldOut, held_out_error, split_rows
 from fewstep.training.listeners import Board, Listeners
 from fewstep.training.log import Log
 from fewstep.training.measuring import Ruler
@@ -132,7 +140,7 @@ class Trainer:
         self.group = join(self.device)
         require_shares(config.batch_size, self.group.size)
         if images is None:
-            images = load_images(config.data, size=config.size, channels=config.channels)
+            images = load_images(config.data, **config.loading())
         self.images = images
         self.findings = check_for_training(self.images)
         self.process = processes.from_dict(config.process)
@@ -150,8 +158,9 @@ class Trainer:
         self.state = (self._restored(force) if resume else None) or self._first_state()
         require_same_start(self.group, config, self._data, self.state)
         self._has_dropout = _has_dropout(self.state.network)
+        self.rows, self.held_out_rows = split_rows(len(self.images), config.held_out, config.seed)
         share = self.group.rank, self.group.size
-        self._batches = Batches(self.images, self.objective, config, self.device, share)
+        self._batches = Batches(self.images, self.objective, config, self.device, share, self.rows)
         self._ahead = Ahead(self._batches, config.steps)
         self._gradients = Gradients(
             self.state.network,
@@ -276,6 +285,8 @@ class Trainer:
 
     def _written(self, fact: Step, stopped: bool) -> Step:
         """Log a fact and write what is due after it."""
+        if self.config.held_out and self._is_due(self.config.sample_every):
+            fact = dataclasses.replace(fact, held_out=self._held_out())
         if self._is_due(self.config.measure_every):
             measured = self._measuring().measure(self.state.average, self.model)
             fact = dataclasses.replace(fact, measurement=measured)
@@ -288,6 +299,11 @@ class Trainer:
             fact = dataclasses.replace(fact, preview=sheet)
         return fact
 
+    def _held_out(self) -> HeldOut:
+        """Measure the averaged weights on images seen and not seen; the same images, noise and levels every time."""
+        model = Model(self.state.average, self.model)
+        return held_out_error(model, self.images, self.rows, self.held_out_rows, self.config.seed)
+
     def _measuring(self) -> Ruler:
         """Return the ruler, which is made when it is first needed."""
         if self._ruler is None:
@@ -295,7 +311,8 @@ class Trainer:
         return self._ruler
 
     def _loss(self, batch: Batch) -> Tensor:
-        conditions = {} if batch.labels is None else {"labels": batch.labels}
+        given = {"labels": batch.labels, "augment": batch.augment}
+        conditions = {name: value for name, value in given.items() if value is not None}
         with autocast(self.config.precision, self.device):
             return self.objective(self.state.network, batch.x0, batch.noise, batch.t, **conditions)
 

@@ -1,0 +1,177 @@
+"""`fewstep evaluate`: what a model does to images that it saw and to others, and whether its samples are copies."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor
+
+from fewstep.checkpoints import save_json
+from fewstep.cli.loading import load_with_progress
+from fewstep.data import ImageSet, save_image, to_uint8
+from fewstep.errors import InvalidInputError
+from fewstep.metrics import (
+    COPY_RATIO,
+    LevelLoss,
+    loss_by_level,
+    nearest_images,
+)
+from fewstep.models import Model, load
+from fewstep.sampling import sample
+from fewstep.training.held_out import split_rows
+from fewstep.training.measuring import Ruler
+
+
+def evaluate(
+    model: Annotated[
+        str, typer.Argument(help="A bundled model, a model folder, or a training run.")
+    ],
+    data: Annotated[str, typer.Option(help="The images that the model was trained on.")],
+    held_out: Annotated[
+        str | None,
+        typer.Option(
+            help="Images that it was not trained on; by default those that its run kept away, if any."
+        ),
+    ] = None,
+    n: Annotated[int, typer.Option("--n", min=2, help="Samples, and images to measure on.")] = 100,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the sampler.")] = 20,
+    levels: Annotated[int, typer.Option(min=1, help="Noise levels.")] = 10,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of samples and noise.")] = 0,
+    weights: Annotated[str, typer.Option(help="ema (averaged) or raw.")] = "ema",
+    device: Annotated[str, typer.Option(help="cpu, cuda, mps...")] = "cpu",
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("evaluation"),
+) -> None:
+    """Measure the loss by noise level, the share of copies among samples, and a distance."""
+    trained = load(model, device=device, weights=weights)
+    images = _load(trained, data)
+    seen, unseen = _sets(trained, images, None if held_out is None else _load(trained, held_out))
+    count = min(n, len(seen), len(unseen) if unseen is not None else n)
+    if count < 2:
+        raise InvalidInputError(
+            f"{count} images to measure on; give at least 2 with --data and --held-out"
+        )
+    errors = {"training": _errors(trained, seen, count, levels, seed)}
+    if unseen is not None:
+        errors["held out"] = _errors(trained, unseen, count, levels, seed)
+    typer.echo(_table(errors, count))
+    samples = sample(
+        trained, n, steps=steps, seed=seed, labels=_sample_labels(trained, seen, n)
+    ).images.clamp(-1, 1)
+    found = nearest_images(samples, seen)
+    record: dict[str, Any] = {
+        "model": trained.name,
+        "data": images.source,
+        "images": count,
+        "samples": n,
+        "steps": steps,
+        "seed": seed,
+        "losses": {kind: [dataclasses.asdict(loss) for loss in e] for kind, e in errors.items()},
+        "copies": {
+            "share": found.copies,
+            "ratio below": COPY_RATIO,
+            "median ratio": found.ratios.median().item(),
+            "typical distance": found.typical,
+        },
+    }
+    typer.echo(
+        f"Copies: {found.copies:.0%} of {n} samples are nearer to a training image than {COPY_RATIO:g} of the usual "
+        f"distance between training images; median ratio {found.ratios.median():.2f}"
+    )
+    if unseen is not None:
+        real = nearest_images(unseen.batch(_spread(unseen, count))[0], seen)
+        record["copies"]["share of held-out images"] = real.copies
+        record["copies"]["median ratio of held-out images"] = real.ratios.median().item()
+        typer.echo(
+            f"  the same of {count} held-out images: {real.copies:.0%}, median ratio {real.ratios.median():.2f}"
+        )
+    ruler = Ruler(seen, 2, "training images")
+    real_images = seen if unseen is None else unseen
+    distances = {
+        "samples": ruler.distance(to_uint8(samples)),
+        "real images": ruler.distance(real_images.images[_spread(real_images, count)]),
+    }
+    record["distance"] = {"in": ruler.name, **distances}
+    typer.echo(
+        f"Fréchet distance to the training images in {ruler.name} features: {distances['samples']:.3g} of {n} samples, "
+        f"{distances['real images']:.3g} of {count} {'training' if unseen is None else 'held-out'} images"
+    )
+    save_image(out / "neighbours.png", found.sheet(seen), {"model": trained.name, "seed": seed})
+    save_json(out / "evaluation.json", _without_nan(record))
+    typer.echo(f"Written: {out / 'evaluation.json'}, {out / 'neighbours.png'}")
+
+
+def _load(model: Model, source: str) -> ImageSet:
+    """The images at the model's own size; as in training, files keep their shape if it is the model's already."""
+    channels, height, width = model.shape
+    size = height if height == width else None
+    images = load_with_progress(source, size=size, channels=channels)
+    if images.shape != model.shape:
+        raise InvalidInputError(
+            f"the images of {source} are {images.shape[2]}x{images.shape[1]}, the model's {width}x{height}; give "
+            "the images that it was trained on"
+        )
+    return images
+
+
+def _sets(
+    model: Model, images: ImageSet, others: ImageSet | None
+) -> tuple[ImageSet, ImageSet | None]:
+    """The images trained on, and others: those given, or those that the run kept away from training."""
+    settings: Mapping[str, Any] = model.config.training.get("settings", {})
+    share = settings.get("held_out", 0.0)
+    same = model.config.training.get("data", {}).get("digest") == images.digest
+    if others is not None or not share or not same:
+        return images, others
+    seen, unseen = split_rows(len(images), share, settings.get("seed", 0))
+    return images.subset(seen), images.subset(unseen)
+
+
+def _spread(images: ImageSet, count: int) -> Tensor:
+    return torch.linspace(0, len(images) - 1, count).round().long()
+
+
+def _errors(model: Model, images: ImageSet, count: int, levels: int, seed: int) -> list[LevelLoss]:
+    x0, labels = images.batch(_spread(images, count))
+    known = model.num_classes and images.class_names == model.class_names
+    return loss_by_level(model, x0, labels if known else None, levels=levels, seed=seed)
+
+
+def _sample_labels(model: Model, images: ImageSet, n: int) -> list[int] | None:
+    """Classes in the proportions of the data."""
+    if not model.num_classes:
+        return None
+    if images.labels is None or images.class_names != model.class_names:
+        return [k % model.num_classes for k in range(n)]
+    return images.labels[_spread(images, n)].tolist()
+
+
+def _table(errors: Mapping[str, list[LevelLoss]], count: int) -> str:
+    """The error in the noise by level, side by side, and their gap in standard errors."""
+    lines = [f"Error in the noise, squared, per pixel; {count} images of each kind"]
+    kinds = list(errors)
+    gap = len(kinds) == 2
+    heads = ["log snr", *kinds] + (["gap", "+-"] if gap else ["+-"])
+    lines.append("  ".join(f"{head:>9}" for head in heads))
+    for row in zip(*errors.values(), strict=True):
+        cells = [row[0].log_snr, *(loss.noise_error for loss in row)]
+        if gap:
+            cells.append(row[1].noise_error - row[0].noise_error)
+        cells.append(math.hypot(*(loss.uncertainty for loss in row)))
+        lines.append("  ".join(f"{cell:9.4f}" for cell in cells))
+    means = [sum(loss.noise_error for loss in e) / len(e) for e in errors.values()]
+    if gap:
+        means.append(means[1] - means[0])
+    lines.append("  ".join([f"{'mean':>9}", *(f"{mean:9.4f}" for mean in means)]))
+    return "\n".join(lines)
+
+
+def _without_nan(record: dict[str, Any]) -> dict[str, Any]:
+    """The record as JSON can hold it: what is not finite becomes null."""
+    return json.loads(json.dumps(record), parse_constant=lambda _: None)
