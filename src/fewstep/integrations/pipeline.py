@@ -90,9 +90,14 @@ def _scheduler(model: Model) -> dict[str, object]:
 
 
 def _notes(model: Model) -> list[str]:
-    if not model.num_classes:
-        return []
-    return [
-        f"class {model.num_classes} is the null class; a DDIMPipeline gives its network no labels, so call "
-        "pipe.unet(x, t, class_labels=...) in a loop of your own"
-    ]
+    notes = []
+    if model.config.network.augment_width:
+        notes.append(
+            "the map of augmentations, which training alone uses, is left out; outputs are equal"
+        )
+    if model.num_classes:
+        notes.append(
+            f"class {model.num_classes} is the null class; a DDIMPipeline gives its network no labels, so call "
+            "pipe.unet(x, t, class_labels=...) in a loop of your own"
+        )
+    return notes

@@ -15,6 +15,9 @@ from fewstep.networks.blocks import Downsample, ResidualBlock, Stage, Upsample
 SHOWN = 3
 """How many faults of a checkpoint a message lists."""
 
+AUGMENT = "augment"
+"""Our layer that tells of augmentations: training alone uses it, and no other code has it."""
+
 
 @dataclass(frozen=True)
 class Names:
@@ -110,6 +113,8 @@ def their_names(net: UNet, names: Names) -> dict[str, tuple[str, ...]]:
     table = {}
     for ours in net.state_dict():
         layer, _, kind = ours.rpartition(".")
+        if layer == AUGMENT:
+            continue
         table[ours] = tuple(f"{name}.{kind}" for name in layers[layer])
     return table
 
