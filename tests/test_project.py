@@ -229,7 +229,9 @@ def test_safe_loads_are_accepted() -> None:
 
 def unsafe_loads(code: str) -> Iterator[str]:
     """Yield a description of everything in the code that could execute a file's content."""
-    restricted: set[ast.expr] = set()  # what is called with weights_only=True; calls are walked before their parts
+    restricted: set[ast.expr] = (
+        set()
+    )  # what is called with weights_only=True; calls are walked before their parts
     for node in ast.walk(ast.parse(code)):
         match node:
             case ast.Call(func=func, keywords=keywords) if any(

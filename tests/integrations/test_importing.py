@@ -125,9 +125,7 @@ def test_times_between_the_entries_are_the_same(tmp_path: Path) -> None:
     model, t = import_checkpoint(tmp_path), torch.tensor([0.25, 731.5])
     x = images(model)
     with torch.no_grad():
-        torch.testing.assert_close(
-            model.network(x, t), net(x, t).sample, rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(model.network(x, t), net(x, t).sample, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("null_class", ["mean", "last"])
@@ -282,7 +280,12 @@ def test_scale_shift_without_groups_in_attention_is_refused(folder: Path) -> Non
 def test_mixed_resampling_is_refused(tmp_path: Path) -> None:
     options = {
         **CIFAR,
-        "down_block_types": ("DownBlock2D", "ResnetDownsampleBlock2D", "DownBlock2D", "DownBlock2D"),
+        "down_block_types": (
+            "DownBlock2D",
+            "ResnetDownsampleBlock2D",
+            "DownBlock2D",
+            "DownBlock2D",
+        ),
         "up_block_types": ("UpBlock2D", "UpBlock2D", "ResnetUpsampleBlock2D", "UpBlock2D"),
     }
     twin(**options).save_pretrained(tmp_path)
@@ -293,10 +296,19 @@ def test_mixed_resampling_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("scheduler", "message"),
     [
-        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "unknown scheduler class 'FlowMatchE"),
+        (
+            {"_class_name": "FlowMatchEulerDiscreteScheduler"},
+            "unknown scheduler class 'FlowMatchE",
+        ),
         ({}, "unknown scheduler class 'None'"),
-        ({"_class_name": "DDPMScheduler", "beta_schedule": "laplace"}, "beta_schedule = 'laplace'"),
-        ({"_class_name": "DDPMScheduler", "prediction_type": "flow_prediction"}, "prediction_type"),
+        (
+            {"_class_name": "DDPMScheduler", "beta_schedule": "laplace"},
+            "beta_schedule = 'laplace'",
+        ),
+        (
+            {"_class_name": "DDPMScheduler", "prediction_type": "flow_prediction"},
+            "prediction_type",
+        ),
         ({"_class_name": "DDPMScheduler", "beta_end": 2.0}, "betas must be"),
     ],
 )
@@ -355,7 +367,9 @@ def test_the_size_follows_from_where_it_attends(tmp_path: Path) -> None:
     assert model.config.process == fs.process.vp_linear().to_dict()
     assert_same(model, as_noise(ORIGINAL))
     save_file(random_weights((32, 32), 1, ()), tmp_path / "model.safetensors")
-    with pytest.raises(InvalidInputError, match="does not tell how large its images are; give size"):
+    with pytest.raises(
+        InvalidInputError, match="does not tell how large its images are; give size"
+    ):
         import_checkpoint(tmp_path / "model.safetensors")
     assert import_checkpoint(tmp_path / "model.safetensors", size=8).shape == (3, 8, 8)
 
@@ -482,7 +496,9 @@ def test_no_code_of_a_file_is_run(tmp_path: Path) -> None:
     assert not traces.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"hello, this is text", b"\x80\x02}q\x00.", b"PK\x03\x04"])
+@pytest.mark.parametrize(
+    "content", [b"", b"hello, this is text", b"\x80\x02}q\x00.", b"PK\x03\x04"]
+)
 def test_damaged_files(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     path.write_bytes(content)
@@ -541,7 +557,14 @@ def test_the_command_says_what_it_took_for_granted_and_what_is_wrong(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.save(ORIGINAL, tmp_path / "cifar.ckpt")
-    words = ("import", str(tmp_path / "cifar.ckpt"), "--out", str(tmp_path / "m"), "--name", "ddpm")
+    words = (
+        "import",
+        str(tmp_path / "cifar.ckpt"),
+        "--out",
+        str(tmp_path / "m"),
+        "--name",
+        "ddpm",
+    )
     assert run(monkeypatch, *words, "--process", '{"name": "vp_linear", "steps": 500}') == 0
     told = capsys.readouterr().out
     assert "Taken for granted: images of 32x32" in told and "vp_linear, 500 steps" in told

@@ -16,9 +16,14 @@ ABSENT = ("torchvision", "torchvision.transforms", "torchvision.utils", "pytorch
 @functools.cache
 def denoising_diffusion() -> ModuleType:
     """Its main module; the test is skipped where it is not installed."""
-    stubs = {name: mock.MagicMock() for name in [*ABSENT, "pytorch_fid.fid_score", "pytorch_fid.inception"]}
+    stubs = {
+        name: mock.MagicMock()
+        for name in [*ABSENT, "pytorch_fid.fid_score", "pytorch_fid.inception"]
+    }
     with mock.patch.dict(sys.modules, stubs):
         try:
-            return importlib.import_module("denoising_diffusion_pytorch.denoising_diffusion_pytorch")
+            return importlib.import_module(
+                "denoising_diffusion_pytorch.denoising_diffusion_pytorch"
+            )
         except ModuleNotFoundError as error:
             pytest.skip(f"{error.name} is not installed")

@@ -24,13 +24,12 @@ def import_model(
     out: Annotated[Path, typer.Option(help="The model folder to write.")],
     name: Annotated[str, typer.Option(help="What to call it; by default as the source.")] = "",
     weights: Annotated[
-        Weights, typer.Option(help="Which weights to take, if there are two sets: averaged or raw.")
+        Weights,
+        typer.Option(help="Which weights to take, if there are two sets: averaged or raw."),
     ] = "ema",
     size: Annotated[
         int | None,
-        typer.Option(
-            min=1, help="Edge of the images in pixels; by default what the source says."
-        ),
+        typer.Option(min=1, help="Edge of the images in pixels; by default what the source says."),
     ] = None,
     process: Annotated[
         str | None,

@@ -141,10 +141,15 @@ def unet_to_diffusers(config: UNetConfig, size: Sequence[int]) -> dict[str, Any]
         ("time_scale", 1),
         ("residual_scale", 1),
         ("skip_scale", 1),
-        ("group_width", 0),
     ):
         if getattr(config, name) != allowed:
             raise _unsaid(name, getattr(config, name), allowed)
+    if config.group_width:
+        raise _unsaid(
+            "group_width",
+            config.group_width,
+            "one number of groups for all widths, norm_num_groups (here: group_width 0, and groups)",
+        )
     if config.out_channels not in (None, config.in_channels):
         raise _unsaid("out_channels", config.out_channels, config.in_channels)
     if config.resample == "plain":
