@@ -433,6 +433,11 @@ def test_its_process_and_prediction_are_read(
     process, told = import_process(path)
     assert (process.name, process.training_steps, told) == (f"vp_{schedule}", 200, predicts)
     assert_same_levels(process, diffusion)
+    x, t = torch.randn(2, 3, 8, 8), torch.full((2,), 60)
+    with torch.no_grad():
+        estimate = fs.Denoiser(net.eval(), process, told)(x, process.level(60.0))
+        expected = diffusion.model_predictions(x, t).pred_x_start
+    torch.testing.assert_close(estimate, expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(InvalidInputError) as caught:
         import_checkpoint(path)
     for part in ("RMS norms", "linear attention", f"vp_{schedule} with 200", predicts):
