@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -321,6 +323,30 @@ def test_unknown_processes(scheduler: dict[str, Any], message: str, folder: Path
     assert model.process.name == "vp_cosine" and model.config.predicts == "velocity"
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("config.json", {"block_out_channels": 16}),
+        ("config.json", {"block_out_channels": []}),
+        ("config.json", {"down_block_types": [1, 2]}),
+        ("config.json", {"norm_num_groups": "8"}),
+        ("config.json", {"sample_size": "large"}),
+        ("config.json", {"num_class_embeds": [1]}),
+        ("config.json", {"_fewstep": 3, "sample_size": None}),
+        ("scheduler_config.json", {"_class_name": "DDPMScheduler", "beta_end": "x"}),
+        ("scheduler_config.json", {"_class_name": "DDPMScheduler", "num_train_timesteps": 1.5}),
+        ("scheduler_config.json", {"_class_name": "DDPMScheduler", "trained_betas": {"a": 1}}),
+        ("scheduler_config.json", {"_class_name": ["DDPMScheduler"]}),
+    ],
+)
+def test_nonsense_in_configurations(file: str, content: dict[str, Any], folder: Path) -> None:
+    path = folder / file
+    before = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**before, **content}))
+    with pytest.raises(InvalidInputError):
+        import_checkpoint(folder)
+
+
 def test_weights_that_are_missing_unknown_or_misshapen_are_listed(folder: Path) -> None:
     path = folder / "diffusion_pytorch_model.safetensors"
     whole = load_file(path)
@@ -356,6 +382,7 @@ def test_original_networks_keep_their_outputs(
     torch.save(weights, tmp_path / "model-790000.ckpt")
     model = import_checkpoint(tmp_path / "model-790000.ckpt", size=16)
     assert model.config.network.to_dict()["attention"] == list(attends)
+    assert not any("images" in line for line in model.config.training["imported"]["assumed"])
     assert_same(model, as_noise(weights))
 
 
@@ -470,6 +497,8 @@ def test_sources_that_are_no_checkpoints(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2)}, tmp_path / "other.pt")
     torch.save(twin(**SMALL).state_dict(), tmp_path / "bare.pt")
     fs.load("digits").save(tmp_path / "ours")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "config.json").write_text('{"architectures": ["ViT"]}')
     for name, error, message in (
         ("nowhere", InvalidInputError, "there is no file or folder"),
         ("empty", InvalidInputError, "is no checkpoint that can be imported"),
@@ -477,6 +506,7 @@ def test_sources_that_are_no_checkpoints(tmp_path: Path) -> None:
         ("other.pt", InvalidInputError, "entries such as a"),
         ("bare.pt", InvalidInputError, "without its configuration"),
         ("ours", InvalidInputError, "fewstep.load reads models of ours"),
+        ("theirs", InvalidInputError, "is no checkpoint that can be imported"),
     ):
         with pytest.raises(error, match=message):
             import_checkpoint(tmp_path / name)
@@ -572,9 +602,35 @@ def test_the_command_says_what_it_took_for_granted_and_what_is_wrong(
     )
     assert run(monkeypatch, *words, "--process", '{"name": "vp_linear", "steps": 500}') == 0
     told = capsys.readouterr().out
-    assert "Taken for granted: images of 32x32" in told and "vp_linear, 500 steps" in told
+    assert (
+        "Taken for granted: images of 32x32, for such networks attend at 16x16" in told
+        and "vp_linear, 500 steps" in told
+    )
     assert fs.load(tmp_path / "m").name == "ddpm"
     assert run(monkeypatch, "import", str(tmp_path / "no"), "--out", str(tmp_path / "n")) == 2
     captured = capsys.readouterr().err
     assert captured.startswith("fewstep: there is no file") and captured.count("\n") == 1
     assert not (tmp_path / "n").exists()
+
+
+def test_the_command_to_train_further_starts_from_the_same_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    twin(**CIFAR).save_pretrained(tmp_path / "net")
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "images.npz", images=pixels)
+    out, data = str(tmp_path / "m"), str(tmp_path / "images.npz")
+    assert run(monkeypatch, "import", str(tmp_path / "net"), "--out", out) == 0
+    told = capsys.readouterr().out.splitlines()[-1].removeprefix("Train it further: fewstep ")
+    words = [data if word == "IMAGES" else word for word in shlex.split(told)]
+    short = ("--steps", "1", "--batch-size", "2", "--sample-every", "0", "--out")
+    assert run(monkeypatch, *words, *short, str(tmp_path / "run")) == 0
+    captured = capsys.readouterr()
+    for warning in ("the network is another", "do not fit", "have to learn anew"):
+        assert warning not in captured.out + captured.err
+    options = json.loads(words[words.index("--network-options") + 1])
+    options.pop("pad_after")
+    words[words.index("--network-options") + 1] = json.dumps(options)
+    assert run(monkeypatch, *words, *short, str(tmp_path / "other")) == 0
+    captured = capsys.readouterr()
+    assert "(pad_after: True there, False here)" in captured.out + captured.err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +14,17 @@ from fewstep.cli.folders import not_taken
 from fewstep.cli.reading import json_object
 from fewstep.integrations import NullClass, Weights, import_checkpoint
 from fewstep.models import Model
+from fewstep.networks import presets
+
+SET_BY_TRAINING = (
+    "in_channels",
+    "out_channels",
+    "num_classes",
+    "context_width",
+    "augment_width",
+    "time_scale",
+)
+"""Options of a network that follow from images and process."""
 
 
 def import_model(
@@ -60,11 +73,35 @@ def import_model(
     model.save(out)
     _tell(model)
     typer.echo(f"Written: {out}. Use it: fewstep sample {out} --n 16 --out grid.png")
+    typer.echo(f"Train it further: {_further(model, out)}")
 
 
 def _process(text: str) -> dict[str, Any]:
     """Read a process, by name or as JSON."""
     return json_object("--process", text) if text.lstrip().startswith("{") else {"name": text}
+
+
+def _further(model: Model, out: Path) -> str:
+    """The command that trains the model further: only on the same options do its weights compute the same."""
+    options = model.config.network.to_dict()
+    differing = {
+        name: {
+            field: value
+            for field, value in options.items()
+            if value != preset.config.to_dict()[field] and field not in SET_BY_TRAINING
+        }
+        for name, preset in presets().items()
+        if type(preset.config) is type(model.config.network)
+    }
+    nearest = min(differing, key=lambda name: len(differing[name]))
+    words = ["fewstep", "train", "IMAGES", "--start-from", str(out), "--network", nearest]
+    if differing[nearest]:
+        words += ["--network-options", json.dumps(differing[nearest])]
+    words += ["--predicts", model.config.predicts]
+    process = dict(model.config.process)
+    if "betas" not in process:  # a table does not fit on a line
+        words += ["--process", json.dumps(process)]
+    return shlex.join(words)
 
 
 def _tell(model: Model) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,9 @@ from fewstep.process import (
 )
 
 MARK = "init_conv.weight"
+OF_PROCESS = {"betas", "loss_weight", "alphas_cumprod"}
+"""What tells of the process and the prediction."""
+
 CLOSE = 1e-5
 """Largest difference of betas, which the checkpoints hold in float32, from a named process."""
 
@@ -44,7 +46,7 @@ def read_process(content: Any, path: Path) -> tuple[Process, str]:
         InvalidInputError: It holds the network alone.
     """
     state = _state(content)
-    if not {"betas", "loss_weight", "alphas_cumprod"} <= state.keys():
+    if not state.keys() >= OF_PROCESS:
         raise InvalidInputError(
             f"{path.name} holds a network without its process; give the file of a whole GaussianDiffusion"
         )
@@ -58,9 +60,9 @@ def refuse_network(content: Any, path: Path) -> InvalidInputError:
     """Build the error that says why the network cannot become ours, and what can be done with it."""
     state = _state(content)
     reasons = [why for part, why in STRANGE.items() if any(part in name for name in state)]
-    reasons.append("7x7 first convolution" if state[_first(state)].shape[-1] == 7 else "skips")
+    reasons.append("one more skip, from the first convolution to the last block")
     told = ""
-    if "betas" in state:
+    if state.keys() >= OF_PROCESS:
         process, predicts = read_process(content, path)
         told = f" Its process is {process.name} with {process.training_steps} steps, and it predicts {predicts}:"
     return InvalidInputError(
@@ -74,10 +76,6 @@ def _state(content: Any) -> dict[str, Tensor]:
     """The tensors of the diffusion, whether they stand alone or in the file of a trainer."""
     inner = content.get("model") if isinstance(content, dict) else None
     return tensors_in(inner if isinstance(inner, dict) else content)
-
-
-def _first(state: Mapping[str, Tensor]) -> str:
-    return next(name for name in state if name.endswith(MARK))
 
 
 def _process(betas: np.ndarray) -> Process:

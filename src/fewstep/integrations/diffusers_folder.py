@@ -60,7 +60,16 @@ def read_diffusers(folder: Path, weights: Weights, process_needed: bool) -> Foun
             f"{place / CONFIG_FILE} is of a {content.get('_class_name')!r}, and only a {CLASS} can become our U-Net; "
             "sample it as it is: fewstep.Denoiser"
         )
-    network, sines_first = unet_from_diffusers(content)
+    try:
+        network, sines_first = unet_from_diffusers(content)
+        size = _size(content.get("sample_size"))
+    except InvalidInputError:
+        raise
+    except (TypeError, ValueError, IndexError, AttributeError) as error:
+        raise InvalidInputError(
+            f"{place / CONFIG_FILE} has an entry of a wrong kind: {error}; copy it again from its source"
+        ) from error
+    facts = content.get("_fewstep")
     told = read_scheduler(folder) if process_needed else None
     return Found(
         kind=_kind(folder),
@@ -68,11 +77,11 @@ def read_diffusers(folder: Path, weights: Weights, process_needed: bool) -> Foun
         names=DIFFUSERS,
         weights=_new_names(_weights_in(place)),
         sines_first=sines_first,
-        size=_size(content.get("sample_size")),
+        size=size,
         weights_are=which,
         process=told and told[0].to_dict(),
         predicts=told and told[1],
-        facts=content.get("_fewstep", {}),
+        facts=facts if isinstance(facts, dict) else {},
     )
 
 

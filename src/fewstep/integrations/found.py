@@ -29,6 +29,7 @@ class Found:
         weights: Its tensors by those names.
         sines_first: Whether its time embedding has the sines before the cosines.
         size: Height and width of its images, or None if it does not tell.
+        size_from: What the size was concluded from, if the source does not tell it outright.
         weights_are: Which of its weights these are, for people.
         process: Its process as plain data, or None if it does not tell.
         predicts: What it predicts, or None if it does not tell.
@@ -45,5 +46,6 @@ class Found:
     weights_are: str
     process: Mapping[str, Any] | None = None
     predicts: str | None = None
+    size_from: str = ""
     facts: Mapping[str, Any] = field(default_factory=dict)
     assumed: tuple[str, ...] = ()

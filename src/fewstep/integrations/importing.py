@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import fewstep.process as processes
+from fewstep.checkpoints import load_json
 from fewstep.errors import InvalidInputError
 from fewstep.integrations.denoising_diffusion import (
     is_denoising_diffusion,
@@ -29,7 +30,7 @@ from fewstep.integrations.found import (
 )
 from fewstep.integrations.original_ddpm import is_original, read_original
 from fewstep.integrations.unet_names import from_theirs
-from fewstep.models import CONFIG_FILE, Model, ModelConfig, fill
+from fewstep.models import CONFIG_FILE, FORMAT, Model, ModelConfig, fill
 from fewstep.networks import UNet
 from fewstep.process import Process
 
@@ -78,20 +79,24 @@ def import_checkpoint(
         assumed.append("the process vp_linear of DDPM, for the source has no scheduler")
     if found.predicts is None and predicts is None:
         assumed.append("that it predicts noise, for the source has no scheduler")
+    if size is None and found.size and found.size_from:
+        assumed.append(f"images of {found.size[0]}x{found.size[1]}, for {found.size_from}")
     height, width = (size, size) if size is not None else found.size or (None, None)
     if height is None or width is None:
         raise InvalidInputError(f"{path.name} does not tell how large its images are; give size")
     found = _with_null_class(found, null_class, assumed)
     network = _network(found, path)
     classes = found.network.num_classes
-    names = found.facts.get("class_names") or [str(label) for label in range(classes)]
+    names = found.facts.get("class_names", [])
+    if len(names) != classes:
+        names = [str(label) for label in range(classes)]
     config = ModelConfig(
         network=found.network,
         process=processes.from_dict(process or found.process or DEFAULT_PROCESS).to_dict(),
         shape=(found.network.in_channels, height, width),
         predicts=predicts or found.predicts or DEFAULT_PREDICTS,
         class_names=tuple(names),
-        name=name or found.facts.get("name") or path.stem,
+        name=name or found.facts.get("name") or (path.name if path.is_dir() else path.stem),
         recommended=found.facts.get("recommended", {}),
         training={
             "imported": {
@@ -144,7 +149,8 @@ def _read(path: Path, weights: Weights, process_needed: bool) -> Found:
     if path.is_dir():
         if is_diffusers(path):
             return read_diffusers(path, weights, process_needed)
-        if (path / CONFIG_FILE).is_file():
+        config = path / CONFIG_FILE
+        if config.is_file() and load_json(config).get("format") == FORMAT:
             raise InvalidInputError(
                 f"{path} is no checkpoint of another code; fewstep.load reads models of ours"
             )

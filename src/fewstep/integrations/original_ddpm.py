@@ -51,9 +51,6 @@ def read_original(content: Any, path: Path, weights: Weights) -> Found:
     chosen = {name: value for name, value in taken.items() if name != UNUSED}
     network = _config(chosen, path)
     size = ATTENTION_SIZE * 2 ** network.attention[0] if network.attention else None
-    assumed = ["dropout: 0, for weights do not tell it; the published networks have 0.1 or 0"]
-    if size is not None:
-        assumed.append(f"images of {size}x{size}, for such networks attend at 16x16")
     return Found(
         kind="a network of DDPM or DDIM in PyTorch",
         network=network,
@@ -62,13 +59,15 @@ def read_original(content: Any, path: Path, weights: Weights) -> Found:
         sines_first=True,
         size=None if size is None else (size, size),
         weights_are="the only ones" if single else ("averaged" if taken is averaged else "raw"),
-        assumed=tuple(assumed),
+        size_from="such networks attend at 16x16",
+        assumed=("dropout 0, for weights do not tell it; the published networks have 0.1 or 0",),
     )
 
 
 def _config(weights: Mapping[str, Tensor], path: Path) -> UNetConfig:
     """Read the network's shape off its weights; what is the same in all of them stands here."""
     levels = _count(weights, "down.{}.block.0.conv1.weight")
+    blocks = [_count(weights, f"down.{k}.block.{{}}.conv1.weight") for k in range(levels)]
     try:
         return UNetConfig(
             in_channels=weights["conv_in.weight"].shape[1],
@@ -76,9 +75,7 @@ def _config(weights: Mapping[str, Tensor], path: Path) -> UNetConfig:
             channels=tuple(
                 weights[f"down.{k}.block.0.conv1.weight"].shape[0] for k in range(levels)
             ),
-            blocks=tuple(
-                _count(weights, f"down.{k}.block.{{}}.conv1.weight") for k in range(levels)
-            ),
+            blocks=blocks[0] if len(set(blocks)) == 1 else tuple(blocks),
             attention=tuple(k for k in range(levels) if f"down.{k}.attn.0.q.weight" in weights),
             middle_attention="mid.attn_1.q.weight" in weights,
             resample="conv" if _resamples(weights) or levels == 1 else "plain",

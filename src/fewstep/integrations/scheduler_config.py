@@ -6,16 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fewstep.errors import InvalidInputError, unknown_name
-from fewstep.process import (
-    DiscreteVP,
-    Process,
-    from_dict,
-    vp_cosine,
-    vp_from_betas,
-    vp_linear,
-    vp_scaled_linear,
-    vp_sigmoid_beta,
-)
+from fewstep.process import DiscreteVP, Process, from_dict, vp_from_betas
 
 PREDICTIONS = {"epsilon": "noise", "v_prediction": "velocity", "sample": "data"}
 """What diffusers calls the kinds of prediction that it knows on such processes."""
@@ -117,22 +108,22 @@ def process_from_scheduler(config: Mapping[str, Any]) -> tuple[Process, str]:
 
 
 def _process(config: Mapping[str, Any], beta_start: float, beta_end: float, form: str) -> Process:
-    zero = bool(config.get("rescale_betas_zero_snr", False))
+    zero = {"zero_terminal_snr": bool(config.get("rescale_betas_zero_snr", False))}
     if config.get("trained_betas") is not None:
-        return vp_from_betas(config["trained_betas"], zero_terminal_snr=zero)
+        return vp_from_betas(config["trained_betas"], **zero)
     form = config.get("beta_schedule", form)
-    steps = config.get("num_train_timesteps", 1000)
+    common = {"steps": config.get("num_train_timesteps", 1000), **zero}
     if form == COSINE:
-        return vp_cosine(steps, zero_terminal_snr=zero)
-    makers = {
-        "linear": vp_linear,
-        "scaled_linear": vp_scaled_linear,
-        "sigmoid": vp_sigmoid_beta,
+        return from_dict({"name": "vp_cosine", **common})
+    names = {theirs: ours for ours, theirs in BETA_SCHEDULES.items()}
+    names["sigmoid"] = "vp_sigmoid_beta"
+    if form not in names:
+        raise _refused("beta_schedule", form, ", ".join([*names, COSINE]))
+    ends = {
+        "beta_start": config.get("beta_start", beta_start),
+        "beta_end": config.get("beta_end", beta_end),
     }
-    if form not in makers:
-        raise _refused("beta_schedule", form, ", ".join([*makers, COSINE]))
-    ends = config.get("beta_start", beta_start), config.get("beta_end", beta_end)
-    return makers[form](steps, *ends, zero_terminal_snr=zero)
+    return from_dict({"name": names[form], **common, **ends})
 
 
 def _refused(name: str, value: Any, known: str) -> InvalidInputError:
