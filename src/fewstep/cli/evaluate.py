@@ -25,8 +25,12 @@ from fewstep.metrics import (
 )
 from fewstep.models import Model, load
 from fewstep.sampling import sample
+from fewstep.training.bound import variational_bound
 from fewstep.training.held_out import split_rows
 from fewstep.training.measuring import Ruler
+
+BOUND_LEVELS = 20
+"""Levels that the variational bound is estimated from."""
 
 
 def evaluate(
@@ -48,7 +52,7 @@ def evaluate(
     device: Annotated[str, typer.Option(help="cpu, cuda, mps...")] = "cpu",
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("evaluation"),
 ) -> None:
-    """Measure the loss by noise level, the share of copies among samples, and a distance."""
+    """Measure the loss by noise level, the bound on the likelihood, the share of copies among samples, a distance."""
     trained = load(model, device=device, weights=weights)
     images = _load(trained, data)
     seen, unseen = _sets(trained, images, None if held_out is None else _load(trained, held_out))
@@ -61,6 +65,12 @@ def evaluate(
     if unseen is not None:
         errors["held out"] = _errors(trained, unseen, count, levels, seed)
     typer.echo(_table(errors, count))
+    parts = {"training": seen} | ({} if unseen is None else {"held out": unseen})
+    bits = {kind: _bits(trained, part, count, seed) for kind, part in parts.items()}
+    typer.echo(
+        f"Variational bound, bits per dimension, from {BOUND_LEVELS} levels: "
+        + ", ".join(f"{kind} {value:.3f}" for kind, value in bits.items())
+    )
     samples = sample(
         trained, n, steps=steps, seed=seed, labels=_sample_labels(trained, seen, n)
     ).images.clamp(-1, 1)
@@ -73,6 +83,7 @@ def evaluate(
         "steps": steps,
         "seed": seed,
         "losses": {kind: [dataclasses.asdict(loss) for loss in e] for kind, e in errors.items()},
+        "bits per dimension": bits,
         "copies": {
             "share": found.copies,
             "ratio below": COPY_RATIO,
@@ -138,9 +149,20 @@ def _spread(images: ImageSet, count: int) -> Tensor:
 
 
 def _errors(model: Model, images: ImageSet, count: int, levels: int, seed: int) -> list[LevelLoss]:
+    return loss_by_level(model, *_shown(model, images, count), levels=levels, seed=seed)
+
+
+def _bits(model: Model, images: ImageSet, count: int, seed: int) -> float:
+    x0, labels = _shown(model, images, count)
+    conditions: dict[str, Any] = {} if labels is None else {"labels": labels}
+    return variational_bound(model, x0, levels=BOUND_LEVELS, seed=seed, **conditions).total
+
+
+def _shown(model: Model, images: ImageSet, count: int) -> tuple[Tensor, Tensor | None]:
+    """So many images spread over the set, with their labels if these are the model's classes."""
     x0, labels = images.batch(_spread(images, count))
     known = model.num_classes and images.class_names == model.class_names
-    return loss_by_level(model, x0, labels if known else None, levels=levels, seed=seed)
+    return x0, labels if known else None
 
 
 def _sample_labels(model: Model, images: ImageSet, n: int) -> list[int] | None:

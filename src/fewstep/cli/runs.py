@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 FALLING = ("written", "step", "images_per_second", "seconds")
 """Sorted from the largest value; the others from the smallest."""
 
-SORTS = (*FALLING, "name", "state", "loss", "held_out_loss", "distance")
+SORTS = (*FALLING, "name", "state", "loss", "error_unseen", "distance")
 WIDE = 240
 
 
@@ -79,7 +79,7 @@ def _cells(run: RunSummary) -> dict[str, str]:
         "state": run.state,
         "step": "" if run.step is None else f"{run.step}/{run.steps or '?'}",
         "loss": _figure(run.loss, ".4f"),
-        "held out": _figure(run.held_out_loss, ".4f"),
+        "held out": _figure(run.error_unseen, ".4f"),
         "distance": _figure(run.distance, ".4g"),
         "images/s": _figure(run.images_per_second, ".0f"),
         "trained": "" if run.seconds is None else _clock(run.seconds),

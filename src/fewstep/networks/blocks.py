@@ -89,7 +89,8 @@ class NormSiLU(nn.GroupNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         """Normalise and activate an image tensor (B, C, H, W)."""
-        return F.silu(super().forward(input))
+        normed = super().forward(input)
+        return F.silu(normed, inplace=not torch.is_grad_enabled())
 
 
 class AdaptiveNormSiLU(nn.GroupNorm):

@@ -25,7 +25,7 @@ class RunSummary:
         step: Steps done; those of the newest checkpoint, or of the log while it is running.
         steps: Steps in all.
         loss: Last logged loss.
-        held_out_loss: Last logged loss on held-out images.
+        error_unseen: Last logged error on held-out images.
         distance: Last measured distance of samples to data.
         images_per_second: Last logged rate.
         seconds: Time spent on training up to the newest checkpoint.
@@ -40,7 +40,7 @@ class RunSummary:
     step: int | None = None
     steps: int | None = None
     loss: float | None = None
-    held_out_loss: float | None = None
+    error_unseen: float | None = None
     distance: float | None = None
     images_per_second: float | None = None
     seconds: float | None = None
@@ -85,7 +85,7 @@ def _summary(run: Path, root: Path) -> RunSummary:
         step=done or 0,
         steps=steps,
         loss=_number(last.get("loss")),
-        held_out_loss=_number(last.get("held_out_loss")),
+        error_unseen=_number(last.get("error_unseen")),
         distance=_number(last.get("distance")),
         images_per_second=_number(last.get("images_per_second")),
         seconds=_number(saved.get("seconds")),

@@ -307,7 +307,12 @@ class Trainer:
     def _measuring(self) -> Ruler:
         """Return the ruler, which is made when it is first needed."""
         if self._ruler is None:
-            self._ruler = Ruler(self.images, self.config.measure_images, "training images")
+            kept = self.held_out_rows
+            known = (self.images, "training images")
+            images, name = (
+                (self.images.subset(kept), "held-out images") if len(kept) > 1 else known
+            )
+            self._ruler = Ruler(images, self.config.measure_images, name)
         return self._ruler
 
     def _loss(self, batch: Batch) -> Tensor:
