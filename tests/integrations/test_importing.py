@@ -227,6 +227,19 @@ def test_the_layout_and_the_names_of_the_first_pipelines(tmp_path: Path) -> None
     assert model.process.options["beta_end"] == 0.01
 
 
+def test_heads_that_the_oldest_files_leave_out_are_told(folder: Path) -> None:
+    path = folder / "config.json"
+    fields = json.loads(path.read_text())
+    assert len(import_checkpoint(folder).config.training["imported"]["assumed"]) == 2
+    del fields["attention_head_dim"]
+    path.write_text(json.dumps(fields))
+    model = import_checkpoint(folder)
+    assumed = model.config.training["imported"]["assumed"]
+    assert len(assumed) == 3 and "attention heads of width 8" in assumed[0]
+    net = pytest.importorskip("diffusers").UNet2DModel.from_pretrained(folder)
+    assert_same(model, lambda x, t: net(x, t).sample)
+
+
 def test_averaged_weights_of_a_training_are_preferred(tmp_path: Path) -> None:
     net, averaged = twin(**SMALL), twin(**SMALL)
     with torch.no_grad():

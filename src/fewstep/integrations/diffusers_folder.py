@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from fewstep.integrations.foreign_files import read_weights, tensors_in
 from fewstep.integrations.found import Found, Weights
 from fewstep.integrations.scheduler_config import process_from_scheduler
 from fewstep.integrations.unet_names import DIFFUSERS
+from fewstep.networks import UNetConfig
 from fewstep.process import Process
 
 INDEX_FILE, CONFIG_FILE, SCHEDULER_FILE = (
@@ -81,6 +82,7 @@ def read_diffusers(folder: Path, weights: Weights, process_needed: bool) -> Foun
         weights_are=which,
         process=told and told[0].to_dict(),
         predicts=told and told[1],
+        assumed=_heads_assumed(network, content),
         facts=facts if isinstance(facts, dict) else {},
     )
 
@@ -91,6 +93,16 @@ def read_scheduler(folder: Path) -> tuple[Process, str] | None:
         if path.is_file():
             return process_from_scheduler(load_json(path))
     return None
+
+
+def _heads_assumed(network: UNetConfig, content: Mapping[str, Any]) -> tuple[str, ...]:
+    """What to say of the heads, which no weight tells of: the oldest files leave them out."""
+    if "attention_head_dim" in content or not (network.attention or network.middle_attention):
+        return ()
+    return (
+        f"attention heads of width {network.head_width}, as diffusers takes them today, for {CONFIG_FILE} does not "
+        'tell; for a network with a single head, add "attention_head_dim": null to it',
+    )
 
 
 def _kind(folder: Path) -> str:
