@@ -9,10 +9,11 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist loadscope
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all lint bench clean
+.PHONY: help demo train-demo test test-all lint bench clean
 
 help:
 	@echo 'make demo      install, then sample the bundled model with several samplers into out/'
+	@echo 'make train-demo  train a small model of digits from nothing, about two minutes, and read what it draws'
 	@echo 'make test      install with the tools, lint, check types and imports, run the tests'
 	@echo 'make test-all  the same with the slow tests'
 	@echo 'make lint      lint, formatting, types and import arrows alone'
@@ -21,6 +22,9 @@ help:
 
 demo: $(VENV)/installed
 	$(BIN)/fewstep demo
+
+train-demo: $(VENV)/installed
+	$(BIN)/python tools/train_demo.py
 
 test: lint
 	$(PYTEST)
