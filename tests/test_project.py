@@ -212,6 +212,7 @@ def test_source_never_loads_a_pickle(path: Path) -> None:
         "import os, pickle as p",
         "from joblib import load",
         "import torch\ntorch.load('x')",
+        "import torch\ntorch.load('x', weights_only=False)",
         "from torch import load",
         "import numpy as np\nnp.load('x', allow_pickle=True)",
     ],
@@ -223,12 +224,23 @@ def test_unsafe_loads_are_recognised(code: str) -> None:
 def test_safe_loads_are_accepted() -> None:
     code = "import numpy as np\nfrom safetensors.torch import load_file\nnp.load('x.npz')"
     assert not list(unsafe_loads(code))
+    assert not list(unsafe_loads("import torch\ntorch.load('x', weights_only=True)"))
 
 
 def unsafe_loads(code: str) -> Iterator[str]:
     """Yield a description of everything in the code that could execute a file's content."""
+    restricted: set[ast.expr] = (
+        set()
+    )  # what is called with weights_only=True; calls are walked before their parts
     for node in ast.walk(ast.parse(code)):
         match node:
+            case ast.Call(func=func, keywords=keywords) if any(
+                keyword.arg == "weights_only"
+                and isinstance(keyword.value, ast.Constant)
+                and keyword.value.value is True
+                for keyword in keywords
+            ):
+                restricted.add(func)
             case ast.Import(names=names):
                 modules = {alias.name.partition(".")[0] for alias in names}
                 yield from (f"import {name}" for name in modules & UNSAFE_LOADERS)
@@ -237,7 +249,7 @@ def unsafe_loads(code: str) -> Iterator[str]:
                     yield f"from {module}"
                 if module == "torch" and any(alias.name == "load" for alias in names):
                     yield "from torch import load"
-            case ast.Attribute(value=ast.Name(id="torch"), attr="load"):
+            case ast.Attribute(value=ast.Name(id="torch"), attr="load") if node not in restricted:
                 yield "torch.load"
             case ast.keyword(arg="allow_pickle", value=value):
                 if not (isinstance(value, ast.Constant) and value.value is False):

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.errors import InvalidInputError
+from fewstep.integrations.unet_names import DIFFUSERS, to_theirs
 from fewstep.networks import UNet, UNetConfig, sinusoidal_embedding
-from fewstep.networks.blocks import Attention, ResidualBlock, Stage
+from fewstep.networks.blocks import Stage
 
 SMALL: dict[str, Any] = {
     "channels": (16, 32, 32),
@@ -48,62 +48,6 @@ def _build(**options: Any) -> UNet:
             spread = 0.3 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
             parameter.normal_(0.0, spread, generator=generator)
     return net
-
-
-def _residual(layer: ResidualBlock, prefix: str) -> Iterator[tuple[nn.Module, str]]:
-    names = {"condition": "time_emb_proj", "skip": "conv_shortcut"}
-    for name, part in layer.named_children():
-        if list(part.parameters()):
-            yield part, f"{prefix}.{names.get(name, name)}"
-
-
-def _attention(layer: Attention, prefix: str) -> Iterator[tuple[nn.Module, str]]:
-    yield layer.norm, f"{prefix}.group_norm"
-    yield layer.query, f"{prefix}.to_q"
-    yield layer.key_value, f"{prefix}.to_k+to_v"
-    yield layer.out, f"{prefix}.to_out.0"
-
-
-def _path(layers: nn.ModuleList, name: str, between: str) -> Iterator[tuple[nn.Module, str]]:
-    block = index = 0
-    for layer in layers:
-        if isinstance(layer, Stage):
-            yield from _residual(layer.residual, f"{name}.{block}.resnets.{index}")
-            if layer.attention is not None:
-                yield from _attention(layer.attention, f"{name}.{block}.attentions.{index}")
-            index += 1
-            continue
-        if isinstance(layer, ResidualBlock):
-            yield from _residual(layer, f"{name}.{block}.{between}.0")
-        else:
-            yield layer, f"{name}.{block}.{between}.0.conv"
-        block, index = block + 1, 0
-
-
-def _weights(net: UNet) -> dict[str, Tensor]:
-    """The network's weights by diffusers' names."""
-    pairs: list[tuple[nn.Module, str]] = [
-        (net.conv_in, "conv_in"),
-        (net.time.lift, "time_embedding.linear_1"),
-        (net.time.mix, "time_embedding.linear_2"),
-        *_path(net.down, "down_blocks", "downsamplers"),
-        *_path(net.up, "up_blocks", "upsamplers"),
-        (net.norm_out, "conv_norm_out"),
-        (net.conv_out, "conv_out"),
-    ]
-    for index, stage in enumerate(net.middle):
-        assert isinstance(stage, Stage)
-        pairs += _residual(stage.residual, f"mid_block.resnets.{index}")
-        if stage.attention is not None:
-            pairs += _attention(stage.attention, f"mid_block.attentions.{index}")
-    weights: dict[str, Tensor] = {}
-    for layer, name in pairs:
-        for kind, value in layer.state_dict().items():
-            prefix, _, last = name.rpartition(".")
-            parts = last.split("+")
-            for part, piece in zip(parts, value.chunk(len(parts)), strict=True):
-                weights[f"{prefix}.{part}.{kind}".lstrip(".")] = piece
-    return weights
 
 
 def _twin(**options: Any) -> Any:
@@ -156,7 +100,7 @@ RESIDUAL_BLOCKS = {
 )
 def test_agrees_with_diffusers(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     net, twin = _build(**ours), _twin(**theirs)
-    twin.load_state_dict(_weights(net))
+    twin.load_state_dict(to_theirs(net, DIFFUSERS))
     x, t = _randn(2, 3, 8, 8), torch.tensor([0, 999])
     # Both embed whole times in float32, but round the angles in a different order.
     torch.testing.assert_close(net(x, t), twin(x, t).sample, rtol=1e-4, atol=1e-5)
@@ -164,7 +108,7 @@ def test_agrees_with_diffusers(ours: dict[str, Any], theirs: dict[str, Any]) -> 
 
 def test_residual_scale_agrees_with_diffusers() -> None:
     net, twin = _build(residual_scale=0.5**0.5, resample="residual"), _twin(**RESIDUAL_BLOCKS)
-    twin.load_state_dict(_weights(net))
+    twin.load_state_dict(to_theirs(net, DIFFUSERS))
     for module in twin.modules():
         if hasattr(module, "output_scale_factor"):
             module.output_scale_factor = math.sqrt(2)

@@ -13,6 +13,7 @@ from fewstep.cli.demo import demo
 from fewstep.cli.doctor import doctor
 from fewstep.cli.evaluate import evaluate
 from fewstep.cli.export import export
+from fewstep.cli.importing import import_model
 from fewstep.cli.info import info
 from fewstep.cli.listing import samplers, schedulers
 from fewstep.cli.runs import runs
@@ -63,3 +64,4 @@ for command in (
     doctor,
 ):
     app.command()(command)
+app.command("import")(import_model)

@@ -12,9 +12,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from fewstep.errors import InvalidInputError, unknown_name
+from fewstep.integrations.scheduler_config import process_to_scheduler
 from fewstep.plan import Plan
 from fewstep.plan.rules import Row, expand
-from fewstep.process import DiscreteVP, Process, from_dict
+from fewstep.process import DiscreteVP
 from fewstep.samplers import SAMPLERS
 from fewstep.samplers import plan as make_plan
 from fewstep.schedulers import Grid
@@ -26,9 +27,6 @@ TOLERANCE = 1e-9
 
 FUNCTIONS = ("sample_euler", "sample_heun", "sample_dpm_2", "sample_dpmpp_2m")
 """Samplers of k-diffusion, and so of ComfyUI, that run any list of sigmas as Fewstep does."""
-
-BETA_SCHEDULES = {"vp_linear": "linear", "vp_scaled_linear": "scaled_linear"}
-"""What diffusers calls our processes; others are given as a table of betas."""
 
 
 def export_sigmas(plan: Plan, to: Program) -> dict[str, Any]:
@@ -168,7 +166,7 @@ def _euler(plan: Plan, options: Mapping[str, Any], flow: bool) -> dict[str, Any]
         }
     return {
         "scheduler": "EulerDiscreteScheduler",
-        "config": {**_table(plan.process), **_SPACING, **_LIST_AS_GIVEN},
+        "config": {**process_to_scheduler(plan.process), **_SPACING, **_LIST_AS_GIVEN},
         "set_timesteps": {"sigmas": [level.ratio for level in plan.levels]},
         "exact": True,
         "notes": [_PREDICTION, "the point is x / alpha, so it starts at start / alpha"],
@@ -230,7 +228,7 @@ def _multistep(plan: Plan, flow: bool, scheduler: str, config: dict[str, Any]) -
         sigmas = [level.sigma for level in levels]
         times = [1000 * level.sigma for level in levels[:-1]]
     else:
-        config |= {**_table(plan.process), "use_flow_sigmas": False}
+        config |= {**process_to_scheduler(plan.process), "use_flow_sigmas": False}
         sigmas = [level.ratio for level in levels]
         times = [level.t for level in levels[:-1]]
     return {
@@ -264,25 +262,6 @@ _LIST_AS_GIVEN = {
 _PREDICTION = (
     "prediction_type stays the model's own: use from_config(pipe.scheduler.config, **config)"
 )
-
-
-def _table(process: Process) -> dict[str, Any]:
-    """A variance-preserving process on a table, as diffusers is told of it."""
-    options: Mapping[str, Any] = process.options
-    rescaled = options["zero_terminal_snr"]
-    if process.name in BETA_SCHEDULES:
-        ends = {name: options[name] for name in ("beta_start", "beta_end")}
-        betas = {"beta_schedule": BETA_SCHEDULES[process.name], **ends, "trained_betas": None}
-    else:
-        # The table before its end is moved to pure noise, which diffusers does by itself.
-        before = from_dict({**process.to_dict(), "zero_terminal_snr": False})
-        assert isinstance(before, DiscreteVP)
-        betas = {"trained_betas": before.betas.tolist()}
-    return {
-        "num_train_timesteps": process.training_steps,
-        **betas,
-        "rescale_betas_zero_snr": rescaled,
-    }
 
 
 def _own_options(plan: Plan) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from torch import Tensor, nn
 
 from fewstep.data import Finding
@@ -10,6 +12,9 @@ from fewstep.models import Model, ModelConfig, load
 
 LEAST_SHARE = 0.5
 """Share of the weights that has to fit; below it the networks have nothing to do with each other."""
+
+NEVER_COMPUTED = ("dropout", "in_channels", "out_channels", "num_classes", "augment_width")
+"""Options that change no output of weights that fit."""
 
 
 def take_weights(network: nn.Module, model: ModelConfig, source: str) -> list[Finding]:
@@ -48,6 +53,14 @@ def take_weights(network: nn.Module, model: ModelConfig, source: str) -> list[Fi
             + ("; ..." if len(left) > 3 else ""),
         )
     ] * bool(left)
+    if other := _differences(trained, model, leave_out=NEVER_COMPUTED):
+        findings.append(
+            Finding(
+                "warning",
+                f"the network is another than that of {source} ({other}): what fits in shape may compute something "
+                "else; give the same --network and --network-options to go on from where it was",
+            )
+        )
     if (trained.config.predicts, dict(trained.config.process)) != (
         model.predicts,
         dict(model.process),
@@ -68,10 +81,10 @@ def _misfit(name: str, own: dict[str, Tensor], given: dict[str, Tensor]) -> str:
     return f"{name} has shape {tuple(given[name].shape)} instead of {tuple(own[name].shape)}"
 
 
-def _differences(trained: Model, model: ModelConfig) -> str:
+def _differences(trained: Model, model: ModelConfig, leave_out: Collection[str] = ()) -> str:
     there, here = trained.config.network.to_dict(), model.network.to_dict()
     return "; ".join(
         f"{name}: {there.get(name)!r} there, {here[name]!r} here"
         for name in here
-        if there.get(name) != here[name]
+        if there.get(name) != here[name] and name not in leave_out
     )
