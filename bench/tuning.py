@@ -269,14 +269,20 @@ def ranked(rows: Mapping[str, Any], side: str, budget: int, measure: str) -> lis
 
 
 def tuned_plans(problem: Problem, folder: Path, calls: Iterable[int]) -> dict[int, fs.Plan]:
-    """The tuned plans of a problem; those that are missing are tuned now."""
+    """The tuned plans of a problem; those that are missing are tuned now, each from the one of fewer calls."""
     folder.mkdir(parents=True, exist_ok=True)
-    plans = {}
-    for steps in calls:
+    plans: dict[int, fs.Plan] = {}
+    for steps in sorted(calls):
         path = folder / f"{problem.name}-{steps}.json"
         if not path.exists():
             with torch.enable_grad():
-                tuning = fs.tune(problem.model, steps=steps, shape=problem.shape, **problem.tuning)
+                tuning = fs.tune(
+                    problem.model,
+                    steps=steps,
+                    shape=problem.shape,
+                    start=plans[max(plans)] if plans else None,
+                    **problem.tuning,
+                )
             tuning.plan.to_json(path)
             print(f"{path}: {tuning}", flush=True)
         plans[steps] = fs.Plan.from_json(path)
