@@ -19,6 +19,8 @@ from fewstep.errors import CheckpointError, DataError, InvalidInputError
 
 INDEX_FILE = "shards.json"
 KIND, VERSION = "fewstep-shards", 1
+SHOWN = 4
+"""Settings that a refusal names, the plainest first: a plan has hundreds of numbers."""
 UNREADABLE = (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, tarfile.TarError)
 
 
@@ -123,9 +125,11 @@ class Shards:
                 f"{index} is not an index of shards that this version can read; give a new or an empty folder"
             )
         if differing := list(_differences(json.loads(json.dumps(self.settings)), settings)):
+            plainest = sorted(differing, key=lambda line: line.partition(":")[0].count("."))
+            more = f"; and {len(plainest) - SHOWN} more" if len(plainest) > SHOWN else ""
             raise InvalidInputError(
-                f"{self.folder} holds pictures under other settings ({'; '.join(differing)}); give the same settings "
-                "to go on, or another folder to start anew"
+                f"{self.folder} holds pictures under other settings ({'; '.join(plainest[:SHOWN])}{more}); give the "
+                "same settings to go on, or another folder to start anew"
             )
         if n > self.n:
             raise InvalidInputError(
