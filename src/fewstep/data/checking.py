@@ -52,10 +52,7 @@ def check_images(image_set: ImageSet) -> list[Finding]:
 def _check_count(image_set: ImageSet) -> Iterator[Finding]:
     count = len(image_set)
     if count < 2:
-        yield Finding(
-            "error",
-            f"{count} image{'' if count == 1 else 's'} in {image_set.source}; training needs 2 or more",
-        )
+        yield Finding("error", f"{count} images in {image_set.source}; training needs 2 or more")
     elif count < FEW_IMAGES:
         yield Finding(
             "warning",
