@@ -15,7 +15,7 @@ from fewstep.tuned import plans_folder, plans_of
 
 MODEL, CALLS = "digits", (3, 4, 5, 6, 8, 10)
 OPTIONS = {8: ["--images", "64", "--iterations", "8"], 10: ["--method", "search"]}
-"""The numbers of more calls than six take more images to fit than minutes on two cores allow."""
+"""Whole fits of more calls than six take longer than minutes on two cores: they are cut short, or left out."""
 
 TITLE, NEXT = "## Tuned plans", "## Use and limits"
 

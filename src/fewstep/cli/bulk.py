@@ -13,12 +13,17 @@ from typing import Any
 import typer
 
 from fewstep.bulk import Shards, sample_many
-from fewstep.cli.launched import INTERRUPTED, clock, main_speaks, stop_on_signal
+from fewstep.cli.launched import (
+    INTERRUPTED,
+    PLAIN_LINE_SECONDS,
+    Seldom,
+    clock,
+    main_speaks,
+    stop_on_signal,
+)
 from fewstep.models import Model
 from fewstep.team import Team
 from fewstep.tuned import OPTION
-
-PLAIN_LINE_SECONDS = 10.0
 
 
 def fill_folder(
@@ -110,13 +115,12 @@ def _progress(n: int, team: Team) -> Iterator[Callable[[int], None]]:
 
             yield show
         return
-    shown = start
+    due = Seldom(PLAIN_LINE_SECONDS)
 
     def tell(count: int) -> None:
-        nonlocal done, shown
+        nonlocal done
         done += count
-        if time.monotonic() - shown >= PLAIN_LINE_SECONDS:
-            shown = time.monotonic()
+        if due():
             print(f"{done}/{total} images  {text()}", flush=True)
 
     yield tell

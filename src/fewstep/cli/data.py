@@ -10,7 +10,14 @@ import torch
 import typer
 
 from fewstep.cli.loading import load_with_progress, report_skipped
-from fewstep.data import ImageSet, check_images, labelled_sheet, save_image, write_npz
+from fewstep.data import (
+    ImageSet,
+    check_images,
+    evenly,
+    labelled_sheet,
+    save_image,
+    write_npz,
+)
 from fewstep.errors import InvalidInputError
 
 SHEET_CLASSES, SHEET_COLUMNS, SHEET_ROWS = 20, 10, 10
@@ -101,8 +108,8 @@ def _write(path: Path, images: ImageSet) -> None:
 def _sheet_rows(images: ImageSet) -> list[tuple[str, torch.Tensor]]:
     """A row for each class; without classes, images from all over the set."""
     if images.labels is None:
-        spread = torch.linspace(0, len(images) - 1, min(len(images), SHEET_ROWS * SHEET_COLUMNS))
-        chosen = spread.round().long().split(SHEET_COLUMNS)
+        shown = evenly(len(images), min(len(images), SHEET_ROWS * SHEET_COLUMNS))
+        chosen = shown.split(SHEET_COLUMNS)
         return [(f"{int(rows[0])}...", images.images[rows]) for rows in chosen]
     rows = []
     for label, name in enumerate(images.class_names[:SHEET_CLASSES]):

@@ -9,13 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from torch import Tensor
 
 from fewstep.checkpoints import save_json
 from fewstep.cli.loading import load_with_progress
-from fewstep.data import ImageSet, save_image, to_uint8
+from fewstep.data import ImageSet, evenly, save_image, to_uint8
 from fewstep.errors import InvalidInputError
 from fewstep.metrics import (
     COPY_RATIO,
@@ -96,7 +95,7 @@ def evaluate(
         f"distance between training images; median ratio {found.ratios.median():.2f}"
     )
     if unseen is not None:
-        real = nearest_images(unseen.batch(_spread(unseen, count))[0], seen)
+        real = nearest_images(unseen.batch(evenly(len(unseen), count))[0], seen)
         record["copies"]["share of held-out images"] = real.copies
         record["copies"]["median ratio of held-out images"] = real.ratios.median().item()
         typer.echo(
@@ -106,7 +105,7 @@ def evaluate(
     real_images = seen if unseen is None else unseen
     distances = {
         "samples": ruler.distance(to_uint8(samples)),
-        "real images": ruler.distance(real_images.images[_spread(real_images, count)]),
+        "real images": ruler.distance(real_images.images[evenly(len(real_images), count)]),
     }
     record["distance"] = {"in": ruler.name, **distances}
     typer.echo(
@@ -144,10 +143,6 @@ def _sets(
     return images.subset(seen), images.subset(unseen)
 
 
-def _spread(images: ImageSet, count: int) -> Tensor:
-    return torch.linspace(0, len(images) - 1, count).round().long()
-
-
 def _errors(model: Model, images: ImageSet, count: int, levels: int, seed: int) -> list[LevelLoss]:
     return loss_by_level(model, *_shown(model, images, count), levels=levels, seed=seed)
 
@@ -160,7 +155,7 @@ def _bits(model: Model, images: ImageSet, count: int, seed: int) -> float:
 
 def _shown(model: Model, images: ImageSet, count: int) -> tuple[Tensor, Tensor | None]:
     """So many images spread over the set, with their labels if these are the model's classes."""
-    x0, labels = images.batch(_spread(images, count))
+    x0, labels = images.batch(evenly(len(images), count))
     known = model.num_classes and images.class_names == model.class_names
     return x0, labels if known else None
 
@@ -171,7 +166,7 @@ def _sample_labels(model: Model, images: ImageSet, n: int) -> list[int] | None:
         return None
     if images.labels is None or images.class_names != model.class_names:
         return [k % model.num_classes for k in range(n)]
-    return images.labels[_spread(images, n)].tolist()
+    return images.labels[evenly(len(images), n)].tolist()
 
 
 def _table(errors: Mapping[str, list[LevelLoss]], count: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from types import FrameType
@@ -13,6 +14,8 @@ import typer
 from fewstep.team import Team
 
 INTERRUPTED = 130
+PLAIN_LINE_SECONDS = 10.0
+"""Between lines of progress where there is no terminal."""
 
 
 @contextmanager
@@ -55,6 +58,31 @@ def stop_on_signal(team: Team, after: str) -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in zip(signals, before, strict=True):
             signal.signal(number, handler)
+
+
+class Seldom:
+    """Says at most once in so many seconds that it is time.
+
+    Args:
+        seconds: From one time to the next.
+        at_once: Whether the first time is now.
+
+    >>> due = Seldom(60, at_once=True)
+    >>> due(), due(), due(anyway=True)
+    (True, False, True)
+    """
+
+    def __init__(self, seconds: float, *, at_once: bool = False) -> None:
+        self.seconds = seconds
+        self._last = -seconds if at_once else time.monotonic()
+
+    def __call__(self, anyway: bool = False) -> bool:
+        """Say whether it is time, and begin to wait anew if it is; ``anyway``: it is, however short the wait was."""
+        now = time.monotonic()
+        if not anyway and now - self._last < self.seconds:
+            return False
+        self._last = now
+        return True
 
 
 def clock(seconds: float) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import typer
 
+from fewstep.cli.launched import Seldom
 from fewstep.data import ImageSet, load_images
 from fewstep.errors import DataError
 
@@ -19,12 +19,10 @@ SKIPPED_FILE = "skipped.txt"
 
 def load_with_progress(source: str, **options: Any) -> ImageSet:
     """Call `load_images`; on standard error, say every few seconds how far it is."""
-    spoken = time.monotonic()
+    due = Seldom(QUIET_SECONDS)
 
     def say(what: str, done: int, total: int | None) -> None:
-        nonlocal spoken
-        if time.monotonic() - spoken >= QUIET_SECONDS:
-            spoken = time.monotonic()
+        if due():
             share = "" if total is None else f" of {total} ({done / total:.0%})"
             typer.echo(f"{what}: {done}{share}", err=True)
             sys.stderr.flush()

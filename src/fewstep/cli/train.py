@@ -6,14 +6,20 @@ import dataclasses
 import inspect
 import shlex
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from fewstep.cli.launched import INTERRUPTED, clock, main_speaks, stop_on_signal
+from fewstep.cli.launched import (
+    INTERRUPTED,
+    PLAIN_LINE_SECONDS,
+    Seldom,
+    clock,
+    main_speaks,
+    stop_on_signal,
+)
 from fewstep.cli.loading import load_with_progress, report_skipped
 from fewstep.cli.reading import json_object
 from fewstep.team import Team, leave
@@ -24,7 +30,6 @@ if TYPE_CHECKING:
     from fewstep.data import ImageSet
     from fewstep.training import Step, Trainer
 
-PLAIN_LINE_SECONDS = 10.0
 OVERFIT_STEPS = 200
 OVERFIT_FALL = 0.5
 
@@ -232,11 +237,9 @@ def _with_progress(facts: Iterable[Step], trainer: Trainer) -> Iterator[Step]:
 
 
 def _plain_lines(facts: Iterable[Step], trainer: Trainer) -> Iterator[Step]:
-    shown = -PLAIN_LINE_SECONDS
+    due = Seldom(PLAIN_LINE_SECONDS, at_once=True)
     for fact in facts:
-        now = time.monotonic()
-        if now - shown >= PLAIN_LINE_SECONDS or fact.step == trainer.config.steps:
-            shown = now
+        if due(anyway=fact.step == trainer.config.steps):
             left = _seconds_left(fact, trainer.config)
             typer.echo(
                 f"step {fact.step}/{trainer.config.steps}  loss {fact.loss:.4f}  "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shlex
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from fewstep.cli.launched import INTERRUPTED, PLAIN_LINE_SECONDS, Seldom
 from fewstep.errors import CheckpointError, InvalidInputError
 from fewstep.models import Model, load
 
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from fewstep.tuning import Stage, Tuning
     from fewstep.tuning.losses import Loss
 
-INTERRUPTED = 130
-PLAIN_LINE_SECONDS = 10.0
 HUBER_WIDTH = 0.05
 """In pixels that go from -1 to 1."""
 
@@ -224,12 +222,11 @@ class _PlainLines:
     """A line for each stage, and another one every few seconds."""
 
     def __init__(self) -> None:
-        self.name, self.shown = "", 0.0
+        self.name, self.due = "", Seldom(PLAIN_LINE_SECONDS)
 
     def __call__(self, stage: Stage) -> None:
-        now = time.monotonic()
-        if stage.name != self.name or now - self.shown >= PLAIN_LINE_SECONDS:
-            self.name, self.shown = stage.name, now
+        if self.due(anyway=stage.name != self.name):
+            self.name = stage.name
             gain = _gain(stage)
             typer.echo(f"{stage.name}: {stage.done:.0%}{'  ' + gain if gain else ''}")
             sys.stdout.flush()

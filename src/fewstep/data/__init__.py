@@ -5,7 +5,7 @@ from __future__ import annotations
 from fewstep.data.archive import write_npz
 from fewstep.data.checking import Finding, check_images
 from fewstep.data.files import cache_dir
-from fewstep.data.image_set import ImageSet
+from fewstep.data.image_set import ImageSet, evenly
 from fewstep.data.pictures import (
     image_grid,
     labelled_sheet,
@@ -21,6 +21,7 @@ __all__ = [
     "ImageSet",
     "cache_dir",
     "check_images",
+    "evenly",
     "image_grid",
     "labelled_sheet",
     "load_images",

@@ -18,6 +18,15 @@ CHUNK_BYTES = 2**24
 Indices = Tensor | Sequence[int] | np.ndarray | range
 
 
+def evenly(total: int, count: int) -> Tensor:
+    """Return ``count`` positions spread evenly over ``total``, first and last included, int64.
+
+    >>> evenly(101, 3).tolist()
+    [0, 50, 100]
+    """
+    return torch.linspace(0, total - 1, count).round().long()
+
+
 @dataclass(frozen=True, eq=False)
 class ImageSet:
     """Images as bytes, in memory or mapped from a file, ready to be drawn in batches of floats in [-1, 1].

@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from fewstep.data import ImageSet, labelled_sheet
+from fewstep.data import ImageSet, evenly, labelled_sheet
 from fewstep.errors import DataError
 
 COPY_RATIO = 1 / 2
@@ -79,7 +79,7 @@ def nearest_images(samples: Tensor, images: ImageSet) -> Neighbours:
             f"{len(samples)} samples of shape {tuple(samples.shape[1:])} and {len(images)} training images of shape "
             f"{images.shape}; needed are samples, two training images, and one shape"
         )
-    probes = torch.linspace(0, len(images) - 1, min(PROBES, len(images))).round().long()
+    probes = evenly(len(images), min(PROBES, len(images)))
     probed, _ = images.batch(probes)
     queries = torch.cat([samples.float().cpu(), probed]).flatten(1)
     excluded = torch.cat([torch.full((len(samples),), -1), probes])

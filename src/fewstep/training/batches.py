@@ -94,5 +94,7 @@ class Batches:
             x0=own.x0.to(self.device, memory_format=order, non_blocking=True),
             noise=own.noise.to(self.device, memory_format=order, non_blocking=True),
             labels=None if own.labels is None else own.labels.to(self.device, non_blocking=True),
-            augment=None if own.augment is None else own.augment.to(self.device),
+            augment=None
+            if own.augment is None
+            else own.augment.to(self.device, non_blocking=True),
         )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fewstep.data import ImageSet
+from fewstep.data import ImageSet, evenly
 from fewstep.errors import InvalidInputError
 from fewstep.metrics import loss_by_level
 from fewstep.models import Model
@@ -72,8 +72,7 @@ def held_out_error(
     count = min(len(seen), len(unseen), MEASURED_IMAGES)
 
     def error(rows: Tensor) -> float:
-        spread = rows[torch.linspace(0, len(rows) - 1, count).round().long()]
-        x0, labels = images.batch(spread)
+        x0, labels = images.batch(rows[evenly(len(rows), count)])
         losses = loss_by_level(
             model, x0, labels if model.num_classes else None, levels=LEVELS, seed=seed
         )

@@ -309,11 +309,9 @@ class Trainer:
     def _measuring(self) -> Ruler:
         """Return the ruler, which is made when it is first needed."""
         if self._ruler is None:
-            kept = self.held_out_rows
-            known = (self.images, "training images")
-            images, name = (
-                (self.images.subset(kept), "held-out images") if len(kept) > 1 else known
-            )
+            images, name = self.images, "training images"
+            if len(self.held_out_rows) > 1:
+                images, name = self.images.subset(self.held_out_rows), "held-out images"
             self._ruler = Ruler(images, self.config.measure_images, name)
         return self._ruler
 
