@@ -228,8 +228,7 @@ def contest(size: str, bfloat16: bool, task: str, rounds: int) -> dict[str, Meas
         runners.append(best)
         for runner in candidates:
             if runner is not best:
-                runner.times = [1.0]
-                runner.end()
+                runner.process.kill()
     for _ in range(rounds):
         for runner in runners:
             runner.times.append(runner.go())

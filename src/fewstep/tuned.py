@@ -173,17 +173,29 @@ def plan_for(model: Model, steps: int, guidance: float = 1.0) -> Plan | None:
         The plan, the one with the smallest distance if there are several; or None. A warning names each file that
         cannot be read.
     """
-    fitting: list[tuple[float, Plan]] = []
-    for entry in plans_of(model):
+    entries = plans_of(model)
+    for entry in entries:
         if entry.plan is None:
             warnings.warn(f"{entry.file} is not used: {entry.fault}", stacklevel=4)
-        elif (
-            entry.purpose is not None
-            and entry.plan.calls == steps
-            and entry.purpose.guidance == guidance
-        ):
-            fitting.append((entry.purpose.error, entry.plan))
-    return min(fitting, key=lambda pair: pair[0])[1] if fitting else None
+    fitting = [pair for pair in _tuned_for(entries, guidance) if pair[1].calls == steps]
+    return min(fitting, key=lambda pair: pair[0].error)[1] if fitting else None
+
+
+def plan_below(model: Model, steps: int, guidance: float = 1.0) -> Plan | None:
+    """The plan with the most calls, but fewer than ``steps``, that was tuned to a model for this guidance scale.
+
+    >>> import fewstep as fs
+    >>> plan_below(fs.load("digits"), 5).calls
+    4
+    """
+    below = [plan for _, plan in _tuned_for(plans_of(model), guidance) if plan.calls < steps]
+    return max(below, key=lambda plan: plan.calls, default=None)
+
+
+def _tuned_for(entries: list[TunedPlan], guidance: float) -> list[tuple[Purpose, Plan]]:
+    """The usable plans for a guidance scale, with what they were tuned for."""
+    usable = [(entry.purpose, entry.plan) for entry in entries if entry.purpose and entry.plan]
+    return [(purpose, plan) for purpose, plan in usable if purpose.guidance == guidance]
 
 
 def _is_number(value: object) -> bool:

@@ -68,12 +68,12 @@ def tune(
     device: Annotated[str, typer.Option(help="cpu, cuda, mps...")] = "cpu",
 ) -> None:
     """Tune a plan of a few network calls to a model. The best so far is always on disk; started again, it goes on."""
-    from fewstep.tuned import plan_file
+    from fewstep.tuned import plan_below, plan_file
     from fewstep.tuning import tune as find
 
     trained = load(model, device=device, weights=weights)
     file = plan_file(trained, steps, guidance) if out is None else out
-    before = _before(file, trained, guidance) or _smaller(trained, steps, guidance)
+    before = _before(file, trained, guidance) or plan_below(trained, steps, guidance)
     _make_room(file)
     kept: list[Tuning] = []
     try:
@@ -143,19 +143,6 @@ def _before(file: Path, model: Model, guidance: float) -> Plan | None:
         raise InvalidInputError(f"{file} exists, and {mismatch}; give another --out")
     typer.echo(f"Going on from {file}")
     return plan
-
-
-def _smaller(model: Model, steps: int, guidance: float) -> Plan | None:
-    """The plan with the most calls below those asked for that is tuned to the model; it makes a good start."""
-    from fewstep.tuned import plans_of
-
-    found = [
-        tuned.plan
-        for tuned in plans_of(model)
-        if tuned.plan is not None and tuned.purpose is not None and not tuned.fault
-        if tuned.purpose.guidance == guidance and tuned.plan.calls < steps
-    ]
-    return max(found, key=lambda plan: plan.calls, default=None)
 
 
 def _write(plan: Plan, file: Path) -> None:
