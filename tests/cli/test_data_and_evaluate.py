@@ -11,8 +11,10 @@ import torch
 from PIL import Image
 
 from command_line import run
+from fewstep.cli.evaluate import BOUND_LEVELS
 from fewstep.data import load_images
-from fewstep.training import Trainer, TrainingConfig
+from fewstep.models import load
+from fewstep.training import Trainer, TrainingConfig, variational_bound
 from tiny_model import tiny_model
 
 NETWORK = {"channels": [8, 8], "blocks": 1, "attention": [], "group_width": 4, "head_width": 8}
@@ -124,6 +126,9 @@ def test_evaluate_digits(tmp_path, monkeypatch, capsys):
     assert "in digit classifier features" in capsys.readouterr().out
     record = json.loads((tmp_path / "evaluation.json").read_text())
     assert list(record["losses"]) == ["training"]
+    x0, labels = load_images("mnist-1000").batch([0, 999])
+    bound = variational_bound(load("digits"), x0, levels=BOUND_LEVELS, seed=0, labels=labels)
+    assert record["bits per dimension"] == {"training": pytest.approx(bound.total, rel=1e-5)}
 
 
 @pytest.mark.global_rng  # building a network draws its weights

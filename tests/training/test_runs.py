@@ -108,6 +108,15 @@ def test_measuring_is_logged_and_does_not_change_the_run(images, make_config, tm
     assert "distance" not in lines[3]
 
 
+def test_distances_go_to_held_out_images_where_there_are_some(images, make_config, tmp_path):
+    config = make_config(measure_every=7, measure_images=6, held_out=0.25)
+    trainer = Trainer(config, tmp_path, images=images, device="cpu")
+    measured = list(trainer.steps())[-1].measurement
+    assert measured is not None and measured.reference == "5 held-out images"
+    ruler = Ruler(images.subset(trainer.held_out_rows), 6, "held-out images")
+    assert measured == ruler.measure(trainer.state.average, trainer.model)
+
+
 def test_runs_are_found_whatever_else_lies_there(
     images, make_config, tmp_path, monkeypatch, capsys
 ):

@@ -63,6 +63,20 @@ def test_a_plan_for_something_else_is_used_with_a_warning(tiny, tmp_path, monkey
     ]
 
 
+def test_more_calls_start_from_the_plan_of_fewer(tiny, monkeypatch, capsys):
+    starts: list[Plan | None] = []
+    real = fs.tune
+
+    def listen(*arguments: Any, start: Plan | None, **options: Any) -> fs.Tuning:
+        starts.append(start)
+        return real(*arguments, start=start, **options)
+
+    monkeypatch.setattr("fewstep.tuning.tune", listen)
+    for steps in ("2", "3"):
+        assert run(monkeypatch, "tune", str(tiny), *FEW, "--steps", steps) == 0
+    assert starts == [None, Plan.from_json(tiny / "plans" / "tuned-2.json")]
+
+
 def test_searched_levels_are_printed_for_other_programs(tiny, tmp_path, monkeypatch, capsys):
     found: list[fs.Tuning] = []
     real = fs.tune
