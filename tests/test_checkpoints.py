@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -14,11 +15,12 @@ from fewstep.checkpoints import (
     load_tensors,
     only_writer,
     remove_leftovers,
+    require_replaceable,
     save_json,
     save_tensors,
     write_folder,
 )
-from fewstep.errors import CheckpointError
+from fewstep.errors import CheckpointError, InvalidInputError
 
 
 def fill(text: str):
@@ -210,3 +212,39 @@ def test_one_writer_at_a_time(tmp_path):
                 pass
     with only_writer(tmp_path / "run"):
         pass
+
+
+def test_a_file_on_a_full_disk_stays_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "a.json"
+    save_json(path, {"a": 1})
+
+    def full(self, text, **_kwargs):
+        with self.open("w") as file:
+            file.write(text[:3])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        save_json(path, {"a": 2})
+    assert load_json(path) == {"a": 1}
+    assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path):
+    require_replaceable(tmp_path / "new", "config.json", "a model")
+    require_replaceable(tmp_path, "config.json", "a model")  # empty
+    (tmp_path / "photo.png").write_text("mine")
+    with pytest.raises(InvalidInputError, match=r"is not a model \(there is no config\.json\)"):
+        require_replaceable(tmp_path, "config.json", "a model")
+    (tmp_path / "config.json").write_text("{}")
+    require_replaceable(tmp_path, "config.json", "a model")
+
+
+def test_a_file_where_a_folder_is_needed(tmp_path):
+    (tmp_path / "file").write_text("")
+    for place in ("file", "file/below/it"):
+        with (
+            pytest.raises(CheckpointError, match="file is a file"),
+            only_writer(tmp_path / place),
+        ):
+            pass

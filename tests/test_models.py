@@ -187,3 +187,14 @@ def test_a_truncated_model_names_the_file(model, tmp_path):
 def test_bundled_models_can_be_loaded():
     for name, folder in bundled_models().items():
         assert load(name).config == load(folder).config
+
+
+def test_saving_never_replaces_what_is_no_model(model, tmp_path):
+    for held in ("photos/a.png", "run/checkpoints/step-00000001/config.json"):
+        (tmp_path / held).parent.mkdir(parents=True)
+        (tmp_path / held).write_text("mine")
+        with pytest.raises(InvalidInputError, match="would be lost"):
+            model.save(tmp_path / held.partition("/")[0])
+        assert (tmp_path / held).read_text() == "mine"
+    for _ in range(2):  # a model is replaced by a model
+        model.save(tmp_path / "model")

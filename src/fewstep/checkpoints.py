@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewstep.errors import CheckpointError
+from fewstep.errors import CheckpointError, InvalidInputError
 
 try:
     import fcntl
@@ -67,10 +67,25 @@ def save_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write plain data as readable JSON; a number that is not finite is refused.
 
     Raises:
-        CheckpointError: The file cannot be written.
+        CheckpointError: The file cannot be written; what it held before is unharmed.
     """
+    replace_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a file of text whole or not at all.
+
+    Raises:
+        CheckpointError: It cannot be written; what it held before is unharmed.
+    """
+    temporary = path.with_name(f"{_UNFINISHED}{path.name}")
     with _writing(path):
-        path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def load_json(path: Path) -> dict[str, Any]:
@@ -119,6 +134,24 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def require_replaceable(folder: Path, mark: str, kind: str) -> None:
+    """Refuse to replace a folder that holds something else than what is about to be written.
+
+    Args:
+        folder: Where somebody wants to write a folder as a whole.
+        mark: A file that every folder of this kind has.
+        kind: What to call it, such as ``"a model"``.
+
+    Raises:
+        InvalidInputError: All that the folder holds would be lost.
+    """
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / mark).is_file():
+        raise InvalidInputError(
+            f"{folder} exists and is not {kind} (there is no {mark}), so all that it holds would be lost; give "
+            "another folder, or remove it first"
+        )
+
+
 def remove_leftovers(parent: Path) -> None:
     """Clear away what killed writers left in a folder; a folder caught halfway through its replacement is put back."""
     if not parent.is_dir():
@@ -141,6 +174,7 @@ def only_writer(folder: Path) -> Iterator[None]:
         CheckpointError: Another process holds the folder, or it cannot be written to.
     """
     with _writing(folder):
+        require_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / _LOCK).open("w")
     with file:
@@ -152,6 +186,21 @@ def only_writer(folder: Path) -> Iterator[None]:
                     f"another process is writing to {folder}; wait for it, stop it, or give another folder"
                 ) from error
         yield
+
+
+def require_folder(folder: Path) -> None:
+    """Refuse a place where no folder can be, for a file has the name already.
+
+    Raises:
+        CheckpointError: The message names the file.
+    """
+    for place in (folder, *folder.parents):
+        if place.exists():
+            if not place.is_dir():
+                raise CheckpointError(
+                    f"{place} is a file, but a folder is needed there; give another place than {folder}"
+                )
+            return
 
 
 def has_writer(folder: Path) -> bool:

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor, nn
 
 import fewstep.process as processes
-from fewstep.checkpoints import load_json, load_tensors, save_json, save_tensors, write_folder
+from fewstep.checkpoints import (
+    load_json,
+    load_tensors,
+    require_replaceable,
+    save_json,
+    save_tensors,
+    write_folder,
+)
 from fewstep.denoisers import Denoiser
 from fewstep.errors import CheckpointError, InvalidInputError, unknown_name
 from fewstep.networks import Network, NetworkConfig, build, config_from_dict, config_to_dict
@@ -148,20 +155,21 @@ class Model(Denoiser):
         return self.config.network.num_classes
 
     def save(self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> None:
-        """Write a model folder; one that exists is replaced as a whole.
+        """Write a model folder; a model that is there already is replaced as a whole.
 
         Args:
             folder: Where to write.
             dtype: Type of the stored weights, ``torch.float32`` or ``torch.float16``.
 
         Raises:
-            InvalidInputError: Another type.
+            InvalidInputError: Another type, or a folder that holds something else than a model.
             CheckpointError: No space or no permission.
         """
         if dtype not in (torch.float32, torch.float16):
             raise InvalidInputError(
                 f"weights cannot be stored as {dtype}; use torch.float32 or torch.float16"
             )
+        require_replaceable(Path(folder), CONFIG_FILE, "a model")
         assert isinstance(self.network, nn.Module)
         weights = {name: w.to(dtype) for name, w in self.network.state_dict().items()}
 

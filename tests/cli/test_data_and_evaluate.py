@@ -49,6 +49,17 @@ def test_report(folder, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
+    ("labels", "names"), [([-1, 0, 1], None), ([0, 1, 2], ["a", "b"]), ([-5, -5, -5], None)]
+)
+def test_labels_out_of_range_are_reported(tmp_path, monkeypatch, capsys, labels, names):
+    images = np.random.default_rng(0).integers(0, 256, (3, 8, 8), np.uint8)
+    given = {} if names is None else {"class_names": names}
+    np.savez(tmp_path / "a.npz", images=images, labels=labels, **given)
+    assert run(monkeypatch, "data", str(tmp_path / "a.npz")) == 0
+    assert "labels lie outside" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (["{}/empty"], "no images in"),
@@ -71,10 +82,12 @@ def test_bad_input_is_one_line(folder, tmp_path, monkeypatch, capsys, words, mes
 
 
 def test_one_image_is_an_error_of_training(tmp_path, monkeypatch, capsys):
-    Image.new("L", (8, 8), 9).save(tmp_path / "a.png")
-    assert run(monkeypatch, "train", str(tmp_path), "--out", str(tmp_path / "run")) == 2
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.new("L", (8, 8), 9).save(photos / "a.png")
+    assert run(monkeypatch, "train", str(photos), "--out", str(tmp_path / "run")) == 2
     assert "training needs 2 or more" in capsys.readouterr().err
-    assert run(monkeypatch, "data", str(tmp_path)) == 0
+    assert run(monkeypatch, "data", str(photos)) == 0
     assert "Error: 1 images" in capsys.readouterr().out
 
 

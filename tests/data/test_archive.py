@@ -143,3 +143,8 @@ def test_unusable_images(tmp_path: Path, images: np.ndarray, message: str) -> No
 def test_unusable_labels(tmp_path: Path, labels: list[object]) -> None:
     with pytest.raises(DataError, match=r"labels .* shape \(7,\)"):
         load_images(saved(tmp_path, images=COLOUR, labels=labels))
+
+
+def test_class_numbers_that_cannot_be_meant(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"go up to 1000000000; class numbers go from 0 to 99999"):
+        load_images(saved(tmp_path, images=COLOUR, labels=np.arange(len(COLOUR)) + 10**9 - 6))

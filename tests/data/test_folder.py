@@ -280,3 +280,17 @@ def test_unknown_source_names_the_nearest(tmp_path: Path) -> None:
 def test_bad_requests(request_: dict[str, object], message: str) -> None:
     with pytest.raises(DataError, match=message):
         load_images("mnist-1000", **request_)
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_args: object) -> None:
+        raise MemoryError
+
+    Image.new("L", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.setattr("fewstep.data.decoding.to_pixels", full)
+    with pytest.raises(
+        DataError, match=r"not enough memory to decode a\.png at 99999x99999 pixels"
+    ):
+        load_images(tmp_path, size=99_999)

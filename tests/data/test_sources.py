@@ -123,7 +123,7 @@ def test_broken_members_are_skipped_and_broken_archives_refused(tmp_path: Path) 
     assert values(images) == [1, 3] and [name for name, _ in images.skipped] == ["b.png"]
     whole = (tmp_path / "a.tar").read_bytes()
     header = whole.index(b"c.png")
-    cuts = {"data": header + 520, "header": header + 100, "empty": 0}
+    cuts = {"data": header + 520, "header": header + 100, "between": header, "empty": 0}
     for name, cut in cuts.items():
         (tmp_path / f"{name}.tar").write_bytes(whole[:cut])
         with pytest.raises(DataError, match=f"{name}.tar is cut short or damaged"):

@@ -140,6 +140,12 @@ def test_average_command(images, make_config, tmp_path, capsys, monkeypatch):
     assert all(name in text for name in NAMES)
     chosen = load(tmp_path / "run", weights=best).network.conv_in.weight
     assert torch.equal(load(tmp_path / "best").network.conv_in.weight, chosen)
+    for taken in ("best", "run"):  # above all the run itself, which would be gone
+        monkeypatch.setattr(sys, "argv", [*line[:-1], str(tmp_path / taken)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == 2 and "would be replaced" in capsys.readouterr().err
+    assert torch.equal(load(tmp_path / "run", weights=best).network.conv_in.weight, chosen)
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import fewstep.cli.train as command
 from fewstep.checkpoints import load_tensors
 from fewstep.cli import main
 from fewstep.models import checkpoints_of
+from tiny_model import tiny_model
 
 OPTIONS = {
     "channels": [8, 8],
@@ -98,6 +99,8 @@ def test_few_images_are_a_warning(train, data, tmp_path, capsys):
         (["--network-options", "[1]"], "is not a JSON object"),
         (["--size", 7], "multiples of 2"),
         (["--device", "gpu"], "device 'gpu'"),
+        (["--process", "flow"], "--predicts flow"),
+        (["--network-options", '{"in_channels": 4}'], "in_channels = 4"),
     ],
 )
 def test_wrong_options_are_one_line(train, data, tmp_path, capsys, arguments, words):
@@ -106,6 +109,33 @@ def test_wrong_options_are_one_line(train, data, tmp_path, capsys, arguments, wo
     assert words in error
     assert "Traceback" not in error
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.global_rng
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("plain", "plain is a file, but a folder is needed there"),
+        ("plain/a/b", "plain is a file, but a folder is needed there"),
+        ("model", "--start-from"),
+        ("photos", "give an --out outside it"),
+        ("photos/runs/a", "give an --out outside it"),
+    ],
+)
+def test_places_where_no_run_can_be_are_refused_before_images_are_loaded(
+    train, tmp_path, capsys, monkeypatch, out, words
+):
+    def load(*_args, **_kwargs):
+        pytest.fail("images were loaded")
+
+    monkeypatch.setattr(command, "load_with_progress", load)
+    (tmp_path / "plain").write_text("")
+    tiny_model().save(tmp_path / "model")
+    (tmp_path / "photos").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    assert train(tmp_path / "photos", "--out", tmp_path / out) in (1, 2)
+    assert words in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_missing_data(train, tmp_path, capsys):

@@ -11,12 +11,12 @@ from fewstep.training import TrainingConfig
 
 
 def test_round_trip_through_json(make_config):
-    config = make_config(process={"name": "flow"}, betas=(0.8, 0.95), size=8)
+    config = make_config(process={"name": "flow"}, predicts="flow", betas=(0.8, 0.95), size=8)
     assert TrainingConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
 
 def test_process_is_written_out_in_full(make_config):
-    assert make_config(process={"name": "flow"}).process == flow().to_dict()
+    assert make_config(process={"name": "flow"}, predicts="flow").process == flow().to_dict()
 
 
 @pytest.mark.parametrize(
@@ -86,13 +86,15 @@ def test_differences_name_what_decides_the_weights_only(make_config):
     ("process", "scale"), [("vp_linear", 1), ("flow", 1000), ("edm", 1), ("vp_continuous", 1000)]
 )
 def test_network_sees_times_in_steps(make_config, process, scale):
-    config = make_config(process={"name": process})
+    config = make_config(process={"name": process}, predicts="velocity")
     network = config.network_config(channels=3, num_classes=4)
     assert (network.time_scale, network.in_channels, network.num_classes) == (scale, 3, 4)
 
 
 def test_network_options_win_over_what_is_fitted(make_config):
-    config = make_config(process={"name": "flow"}, network_options={"time_scale": 10.0})
+    config = make_config(
+        process={"name": "flow"}, predicts="flow", network_options={"time_scale": 10.0}
+    )
     assert config.network_config(channels=1, num_classes=0).time_scale == 10
 
 
@@ -104,3 +106,14 @@ def test_settings_from_before_these_objectives_mean_what_they_meant(make_config)
     objective = TrainingConfig.from_dict(old).objective()
     assert objective.weight.is_simple and objective.times.settings == {"name": "uniform"}
     assert not (objective.times.stratified or objective.learned_variance)
+
+
+@pytest.mark.parametrize("predicts", ["noise", "edm"])
+@pytest.mark.parametrize(
+    "process", [{"name": "flow"}, {"name": "vp_linear", "zero_terminal_snr": True}]
+)
+def test_what_could_never_be_sampled_is_refused(make_config, process, predicts):
+    with pytest.raises(InvalidInputError, match=r"no sample could begin; give predicts = 'flow'"):
+        make_config(process=process, predicts=predicts)
+    for other in ("flow", "velocity", "data"):
+        make_config(process=process, predicts=other)

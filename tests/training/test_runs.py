@@ -132,6 +132,8 @@ def test_runs_are_found_whatever_else_lies_there(
     (tmp_path / "bare/training.json").write_text('{"settings": {"steps": "many"}, "data": 3}')
     (tmp_path / "bare/log.jsonl").write_text('{"step": 3, "loss": null}\n{"st')
     (tmp_path / "foreign/samples").mkdir(parents=True)
+    (tmp_path / "cut/log.jsonl").unlink()
+    (tmp_path / "cut/log.jsonl").mkdir()  # like any log that cannot be read
     found = {run.name: run for run in find_runs(tmp_path)}
     assert {name: run.state for name, run in found.items()} == {
         "a/whole": "complete", "bare": "stopped", "cut": "stopped", "half": "unreadable",

@@ -42,7 +42,12 @@ def assert_same_checkpoint(one, two):
         {"parts": 1},
         {"parts": 2},
         {"network_options": {"dropout": 0.3}},
-        {"horizontal_flip": True, "label_dropout": 0.5, "process": {"name": "flow"}},
+        {
+            "horizontal_flip": True,
+            "label_dropout": 0.5,
+            "process": {"name": "flow"},
+            "predicts": "flow",
+        },
         {"precision": "bfloat16"},
         {"augment": 0.5, "held_out": 0.2, "sample_every": 3},
     ],
@@ -292,3 +297,105 @@ def test_a_compiled_network_learns_the_same_and_is_saved_under_the_same_names(
         for compiled in (False, True)
     ]
     assert names[0] == names[1]
+
+
+@pytest.mark.parametrize("error", [DataError("no space"), torch.OutOfMemoryError("no memory")])
+@pytest.mark.parametrize("look", ["save_preview", "held_out_error", "Ruler"])
+def test_a_look_that_fails_does_not_end_a_run(
+    images, make_config, tmp_path, monkeypatch, caplog, look, error
+):
+    def fail(*_args, **_kwargs):
+        raise error
+
+    config = make_config(sample_every=2, measure_every=2, measure_images=4, held_out=0.2)
+    *_, whole = list(run(config, tmp_path / "whole", images=images))
+    monkeypatch.setattr(f"fewstep.training.trainer.{look}", fail)
+    *_, last = list(run(config, tmp_path / "run", images=images))
+    assert last.checkpoint is not None and last.loss == whole.loss
+    assert f"step 7: no {NAMES[look]}: {error}" in caplog.text
+    saved = {"save_preview": last.preview, "held_out_error": last.held_out}
+    assert saved.get(look, last.measurement) is None
+
+
+NAMES = {
+    "save_preview": "samples",
+    "held_out_error": "error on held-out images",
+    "Ruler": "distance",
+}
+
+
+def test_a_fault_in_a_look_is_not_hidden(images, make_config, tmp_path, monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise RuntimeError("a fault of ours")
+
+    monkeypatch.setattr("fewstep.training.trainer.save_preview", fail)
+    with pytest.raises(RuntimeError, match="of ours"):
+        list(run(make_config(sample_every=2), tmp_path / "run", images=images))
+
+
+def test_averages_can_be_added_to_a_run_and_taken_away(images, make_config, tmp_path):
+    list(run(make_config(), tmp_path / "run", images=images))
+    more = make_config(steps=9, ema_more=(0.9,), ema_widths=(0.1,))
+    trainer = Trainer(more, tmp_path / "run", images=images, force=True)
+    assert trainer.state.step == 7
+    for network in trainer.state.more.values():  # they start from the main average
+        for own, main in zip(
+            network.parameters(), trainer.state.average.parameters(), strict=True
+        ):
+            assert torch.equal(own, main)
+    list(trainer.steps())
+    held = load_tensors(checkpoints_of(tmp_path / "run")[-1] / "ema-0.9.safetensors")
+    again = Trainer(
+        more.__class__.from_dict({**more.to_dict(), "steps": 11}), tmp_path / "run", images=images
+    )
+    assert all(
+        torch.equal(weight, held[name])
+        for name, weight in again.state.more["ema-0.9"].state_dict().items()
+    )
+    list(run(make_config(steps=11), tmp_path / "run", images=images, force=True))
+    assert not (checkpoints_of(tmp_path / "run")[-1] / "ema-0.9.safetensors").exists()
+
+
+def test_a_lost_average_is_a_damaged_checkpoint(images, make_config, tmp_path, caplog):
+    config = make_config(ema_more=(0.9,))
+    list(run(config, tmp_path / "run", images=images))
+    (checkpoints_of(tmp_path / "run")[-1] / "ema-0.9.safetensors").unlink()
+    assert Trainer(config, tmp_path / "run", images=images).state.step == 6
+    assert "ema-0.9.safetensors does not exist" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [({"learning_rate": "fast"}, "learning_rate = 'fast'"), ({"of_later": 1}, "'of_later'")],
+)
+def test_settings_that_cannot_be_understood_are_named_with_their_file(
+    images, make_config, tmp_path, changes, words
+):
+    list(run(make_config(), tmp_path / "run", images=images))
+    for checkpoint in checkpoints_of(tmp_path / "run"):
+        content = json.loads((checkpoint / "config.json").read_text())
+        content["training"]["settings"].update(changes)
+        (checkpoint / "config.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointError) as caught:
+        Trainer(make_config(), tmp_path / "run", images=images)
+    assert "step-00000007/config.json cannot be used" in str(caught.value)
+    assert words in str(caught.value) and "another version of Fewstep" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("in_channels", 4),
+        ("out_channels", 2),
+        ("num_classes", 5),
+        ("context_width", 8),
+        ("augment_width", 9),
+    ],
+)
+def test_what_the_images_decide_cannot_be_set_otherwise(
+    images, make_config, tmp_path, option, value
+):
+    config = make_config(network_options={option: value})
+    with pytest.raises(InvalidInputError, match=f"{option} = {value} in network_options"):
+        Trainer(config, tmp_path / "run", images=images)
+    assert not (tmp_path / "run").exists()

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fewstep.cli.folders import not_taken
 from fewstep.errors import InvalidInputError
 from fewstep.models import load
 
@@ -28,6 +29,8 @@ def average(
     from fewstep.data import load_images
     from fewstep.training import choose_average, held_out_loss
 
+    if out is not None:
+        not_taken(out)
     shape = load(run).shape
     images = load_images(data, size=shape[-1], channels=shape[0])
     if images.shape != shape:

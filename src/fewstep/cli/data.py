@@ -81,7 +81,8 @@ def _description(images: ImageSet) -> Iterator[str]:
         f"{images.images.numel() / 2**20:.1f} MiB"
     )
     if images.labels is not None:
-        counts = torch.bincount(images.labels, minlength=images.num_classes).tolist()
+        inside = (images.labels >= 0) & (images.labels < images.num_classes)
+        counts = torch.bincount(images.labels[inside], minlength=images.num_classes).tolist()
         listed = list(zip(images.class_names, counts, strict=True))[:LISTED_CLASSES]
         more = "" if images.num_classes <= LISTED_CLASSES else ", ..."
         named = ", ".join(f"{name} {count}" for name, count in listed)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
+from fewstep.cli.folders import for_a_run
 from fewstep.cli.launched import (
     INTERRUPTED,
     PLAIN_LINE_SECONDS,
@@ -121,6 +122,7 @@ def _train(
     """Train and tell of it; say whether it was interrupted."""
     from fewstep.training import Trainer
 
+    for_a_run(out, config.data)
     images = load_with_progress(config.data, **config.loading())
     trainer = Trainer(config, out, images=images, device=device, resume=not overfit, force=force)
     _introduce(trainer)
@@ -180,7 +182,7 @@ def _introduce(trainer: Trainer) -> None:
         typer.echo(f"Warning: {finding.message}", err=True)
     for change in trainer.changes:
         typer.echo(f"Changed: {change}")
-    if state.step:
+    if state.step and not trainer.is_complete:
         typer.echo(f"Going on after step {state.step} of {trainer.config.steps}")
 
 
@@ -223,8 +225,8 @@ def _try_one_batch(trainer: Trainer, steps: int) -> None:
     typer.echo(f"One batch, {len(losses)} steps: the loss went from {first:.4f} to {last:.4f}")
     if not last <= OVERFIT_FALL * first:
         typer.echo(
-            "It should fall to less than half. Try a higher --learning-rate or a larger --network, or look at "
-            "the data: something does not fit."
+            "It should fall to less than half. Try a higher --learning-rate, fewer --warmup-steps or a larger "
+            "--network, or look at the data: something does not fit."
         )
         raise typer.Exit(1)
     typer.echo("It falls as it should: data, network and optimiser work together.")

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fewstep.data.files import replacing
 from fewstep.data.image_set import ImageSet
+from fewstep.data.sources import LARGEST_CLASS_NUMBER
 from fewstep.errors import DataError
 
 LAYOUT = (
@@ -156,6 +157,11 @@ def _labels(array: np.ndarray, count: int, source: str) -> Tensor:
         raise DataError(
             f"labels in {source} are {array.dtype} of shape {array.shape}; needed are integers of "
             f"shape ({count},), one for each image"
+        )
+    if array.max() > LARGEST_CLASS_NUMBER:
+        raise DataError(
+            f"labels in {source} go up to {int(array.max())}; class numbers go from 0 to {LARGEST_CLASS_NUMBER} "
+            "at most: number the classes from 0"
         )
     return torch.from_numpy(array.astype(np.int64))
 

@@ -235,6 +235,11 @@ def _decode_one(picture: Picture, size: int | None, channels: int | None) -> Res
         with Image.open(picture.open()) as image:
             original = image.size
             return to_pixels(image, size, channels), original
+    except MemoryError as error:
+        edge = "its own size" if size is None else f"{size}x{size} pixels"
+        raise DataError(
+            f"there is not enough memory to decode {picture.name} at {edge}; give a smaller size (--size 64)"
+        ) from error
     except Exception as error:  # decoders raise almost anything on malformed bytes
         return _Broken(f"{type(error).__name__}: {error}")
 

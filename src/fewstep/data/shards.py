@@ -27,7 +27,10 @@ NUMBERS = re.compile(r"(\d+)\.\.(\d+)")
 
 
 class _Member(tarfile.TarInfo):
-    """A member whose damaged header is an error; tarfile itself would take it for the end of the archive."""
+    """A member whose damaged or missing header is an error; tarfile itself would take it for the archive's end.
+
+    A complete archive ends in blocks of zeros, so one that was cut between two members is found out too.
+    """
 
     @classmethod
     def fromtarfile(cls, tarfile: tarfile.TarFile) -> Self:
@@ -35,9 +38,14 @@ class _Member(tarfile.TarInfo):
             return super().fromtarfile(tarfile)
         except _DAMAGED as error:
             raise _ReadError(str(error)) from error
+        except _NoHeader as error:
+            if not tarfile.offset:
+                raise
+            raise _ReadError("its end is missing") from error
 
 
 _DAMAGED = (tarfile.InvalidHeaderError, tarfile.TruncatedHeaderError)  # pyright: ignore[reportAttributeAccessIssue]
+_NoHeader = tarfile.EmptyHeaderError  # pyright: ignore[reportAttributeAccessIssue]
 _ReadError = tarfile.ReadError
 
 

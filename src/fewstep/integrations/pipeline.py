@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from fewstep.checkpoints import save_json, save_tensors, write_folder
+from fewstep.checkpoints import require_replaceable, save_json, save_tensors, write_folder
 from fewstep.errors import InvalidInputError
 from fewstep.integrations.diffusers_folder import (
     CONFIG_FILE,
@@ -67,6 +67,7 @@ def export_pipeline(model: Model, folder: str | os.PathLike[str]) -> list[str]:
         save_json(target / "unet" / CONFIG_FILE, {**config, "_fewstep": noted})
         save_tensors(target / "unet" / WEIGHT_FILES[0], to_theirs(network, DIFFUSERS))
 
+    require_replaceable(Path(folder), INDEX_FILE, "a pipeline of diffusers")
     write_folder(Path(folder), write)
     return _notes(model)
 

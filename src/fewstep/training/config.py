@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fewstep import process as processes
+from fewstep.denoisers.parameterisation import SILENT_AT_PURE_NOISE
 from fewstep.errors import InvalidInputError, unknown_name
 from fewstep.networks import NetworkConfig, presets
 from fewstep.training.augmentation import WIDTH as AUGMENT_WIDTH
@@ -414,6 +415,7 @@ class TrainingConfig:
             object.__setattr__(self, name, full_form(registry, getattr(self, name)))
         for name in ("ema_more", "ema_widths"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
+        self._require_samples()
         self.objective()
         self.network_config(channels=self.channels or 1, num_classes=0)
 
@@ -427,6 +429,16 @@ class TrainingConfig:
             self.stratified,
             self.learned_variance,
         )
+
+    def _require_samples(self) -> None:
+        """Refuse a network from which nothing could be sampled, for it says nothing where every sample begins."""
+        process = processes.from_dict(self.process)
+        if process.noisiest.is_pure_noise and self.predicts in SILENT_AT_PURE_NOISE:
+            raise InvalidInputError(
+                f"predicts = {self.predicts!r} does not go with the process {process.name}, which ends in "
+                "pure noise: there such a network says nothing about the image, so that no sample could begin; "
+                "give predicts = 'flow' (--predicts flow), 'velocity' or 'data'"
+            )
 
     def network_config(self, channels: int, num_classes: int) -> NetworkConfig:
         """Return the network for images of so many channels and classes.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from fewstep.checkpoints import replace_text
 from fewstep.errors import CheckpointError
 
 
@@ -43,18 +43,28 @@ class Log:
         """Do nothing: every line is on its own."""
 
     def entries(self) -> Iterator[dict[str, Any]]:
-        """Read the lines; one that was cut short by a kill ends them."""
-        if not self.path.exists():
+        """Read the lines; one that was cut short by a kill ends them.
+
+        Raises:
+            CheckpointError: The file is there but cannot be read.
+        """
+        try:
+            with self.path.open(encoding="utf-8", errors="replace") as file:
+                for line in file:
+                    try:
+                        entry = json.loads(line)
+                    except ValueError:
+                        return
+                    if not isinstance(entry, dict) or not line.endswith("\n"):
+                        return
+                    yield entry
+        except FileNotFoundError:
             return
-        with self.path.open(encoding="utf-8", errors="replace") as file:
-            for line in file:
-                try:
-                    entry = json.loads(line)
-                except ValueError:
-                    return
-                if not isinstance(entry, dict) or not line.endswith("\n"):
-                    return
-                yield entry
+        except OSError as error:
+            raise CheckpointError(
+                f"cannot read {self.path} ({error.strerror or error}); check its permissions, or move it away: a run "
+                "goes on without it"
+            ) from error
 
     def start(self, step: int) -> None:
         """Drop the lines of steps that a run is about to do again.
@@ -63,14 +73,7 @@ class Log:
             CheckpointError: The file cannot be written.
         """
         kept = [entry for entry in self.entries() if entry.get("step", 0) <= step]
-        temporary = self.path.with_name(f".tmp-{self.path.name}")
-        try:
-            temporary.write_text(
-                "".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8"
-            )
-            os.replace(temporary, self.path)
-        except OSError as error:
-            raise _unwritable(self.path, error) from error
+        replace_text(self.path, "".join(json.dumps(entry) + "\n" for entry in kept))
 
 
 def _plain(value: Any) -> Any:

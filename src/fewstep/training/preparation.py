@@ -16,6 +16,7 @@ from fewstep.errors import DataError, InvalidInputError
 from fewstep.models import ModelConfig
 from fewstep.networks import NetworkConfig, build, config_to_dict
 from fewstep.team import Group
+from fewstep.training.augmentation import WIDTH as AUGMENT_WIDTH
 from fewstep.training.config import TrainingConfig
 from fewstep.training.state import TrainingState
 
@@ -32,9 +33,9 @@ def usable_device(device: str | torch.device | None) -> torch.device:
         chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:  # torch asserts that it was compiled with CUDA
+        reason = str(error).splitlines()[0].partition(". ")[0]
         raise InvalidInputError(
-            f"device {device!r} cannot be used ({str(error).splitlines()[0]}); give cpu, or cuda where there is an "
-            "accelerator"
+            f"device {device!r} cannot be used ({reason}); give cpu, or cuda where there is an accelerator"
         ) from error
     return chosen
 
@@ -56,8 +57,10 @@ def fit_model(config: TrainingConfig, images: ImageSet, name: str) -> ModelConfi
     """Return the model that settings and images ask for.
 
     Raises:
-        InvalidInputError: The network cannot halve images of this size.
+        InvalidInputError: The network cannot halve images of this size, or its options say something else of the
+            images than they are.
     """
+    _require_fitting(config, images)
     network = config.network_config(images.shape[0], images.num_classes)
     _, height, width = images.shape
     if height % network.size_multiple or width % network.size_multiple:
@@ -74,6 +77,25 @@ def fit_model(config: TrainingConfig, images: ImageSet, name: str) -> ModelConfi
         class_names=tuple(images.class_names),
         name=name,
     )
+
+
+def _require_fitting(config: TrainingConfig, images: ImageSet) -> None:
+    """Refuse options of the network that images and other settings decide otherwise."""
+    channels = images.shape[0]
+    decided = {
+        "in_channels": channels,
+        "out_channels": 2 * channels if config.learned_variance else channels,
+        "num_classes": images.num_classes,
+        "context_width": 0,
+        "augment_width": AUGMENT_WIDTH if config.augment else 0,
+    }
+    for name, value in decided.items():
+        given = config.network_options.get(name, value)
+        if given != value and not (name == "out_channels" and given is None):
+            raise InvalidInputError(
+                f"{name} = {given!r} in network_options does not fit: these images and settings make it {value}; "
+                "leave it out, for training sets it"
+            )
 
 
 def pixel_variance(images: ImageSet) -> Tensor:
@@ -111,6 +133,9 @@ def changes(
         config: The settings given now.
         data: The images given now, see `describe`.
         record: What the checkpoint says of its training.
+
+    Raises:
+        InvalidInputError: Its settings are none: they were edited by hand, or are those of another version.
     """
     found = config.differences(TrainingConfig.from_dict(record.get("settings", {})))
     before = record.get("data", {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,7 +72,7 @@ def _summary(run: Path, root: Path) -> RunSummary:
     config, data = settings["settings"], settings.get("data")
     saved = _newest_record(run)
     last: dict[str, Any] = {}
-    for entry in Log(run / LOG_FILE).entries():
+    for entry in _entries(run):
         last.update(entry)
     done, steps = _whole(saved.get("step")), _whole(config.get("steps"))
     state = "stopped"
@@ -96,6 +97,12 @@ def _summary(run: Path, root: Path) -> RunSummary:
             (str(path) for path in sorted((run / SAMPLES).glob("*.png"), reverse=True)), None
         ),
     )
+
+
+def _entries(run: Path) -> Iterator[dict[str, Any]]:
+    """The lines of the log; none if it cannot be read."""
+    with suppress(CheckpointError):
+        yield from Log(run / LOG_FILE).entries()
 
 
 def _newest_record(run: Path) -> dict[str, Any]:

@@ -124,8 +124,14 @@ class TrainingState:
                 f"{folder / CONFIG_FILE} does not say after which step it was saved; it can be sampled from, "
                 "but training cannot go on from it: use an earlier checkpoint"
             )
+        kept = self.more  # an average that is new since then starts from the main one
+        if "settings" in record:
+            kept = further_averages(TrainingConfig.from_dict(record["settings"]))
         average, raw = (load_tensors(folder / WEIGHT_FILES[kind]) for kind in ("ema", "raw"))
-        more = {name: load_tensors(folder / weights_file(name)) for name in self.more}
+        more = {
+            name: load_tensors(folder / weights_file(name)) if name in kept else average
+            for name in self.more
+        }
         memory = load_tensors(folder / OPTIMISER_FILE)
         fill(self.average, average, folder / WEIGHT_FILES["ema"])
         for name, network in self.more.items():

@@ -6,9 +6,10 @@ import dataclasses
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from fewstep import process as processes
 from fewstep.checkpoints import only_writer, remove_leftovers, save_json, write_folder
 from fewstep.data import ImageSet, load_images
-from fewstep.errors import CheckpointError
+from fewstep.errors import CheckpointError, FewstepError, InvalidInputError
 from fewstep.models import (
     CHECKPOINTS,
+    CONFIG_FILE,
     STEP_PREFIX,
     Model,
     ModelConfig,
@@ -35,7 +37,7 @@ from fewstep.training.guard import Guard
 from fewstep.training.held_out import HeldOut, held_out_error, split_rows
 from fewstep.training.listeners import Board, Listeners
 from fewstep.training.log import Log
-from fewstep.training.measuring import Ruler
+from fewstep.training.measuring import Measurement, Ruler
 from fewstep.training.memory import is_out_of_memory, memory_error
 from fewstep.training.objective import pixelwise_loss
 from fewstep.training.precision import autocast, compute_type
@@ -62,6 +64,8 @@ SAMPLES = "samples"
 KEPT_CHECKPOINTS = 2
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 def run(
@@ -288,32 +292,43 @@ class Trainer:
     def _written(self, fact: Step, stopped: bool) -> Step:
         """Log a fact and write what is due after it."""
         if self.config.held_out and self._is_due(self.config.sample_every):
-            fact = dataclasses.replace(fact, held_out=self._held_out())
+            fact = dataclasses.replace(
+                fact, held_out=self._look("error on held-out images", self._held_out)
+            )
         if self._is_due(self.config.measure_every):
-            measured = self._measuring().measure(self.state.average, self.model)
-            fact = dataclasses.replace(fact, measurement=measured)
+            fact = dataclasses.replace(fact, measurement=self._look("distance", self._measured))
         self._listeners.figures(fact.step, fact.figures())
         if stopped or self._is_due(self.config.checkpoint_every):
             fact = dataclasses.replace(fact, checkpoint=self.save())
         if self._is_due(self.config.sample_every):
-            sheet = self.save_preview()
-            self._listeners.sheet(fact.step, sheet)
-            fact = dataclasses.replace(fact, preview=sheet)
+            fact = dataclasses.replace(fact, preview=self._look("samples", self.save_preview))
+            if fact.preview is not None:
+                self._listeners.sheet(fact.step, fact.preview)
         return fact
+
+    def _look(self, what: str, look: Callable[[], T]) -> T | None:
+        """Return what a look at the run finds; None if it fails, for only the training itself may end a run."""
+        try:
+            return look()
+        except (FewstepError, MemoryError, RuntimeError) as error:
+            if not isinstance(error, FewstepError) and not is_out_of_memory(error):
+                raise
+            logger.warning("step %d: no %s: %s", self.state.step, what, error)
+            return None
 
     def _held_out(self) -> HeldOut:
         """Measure the averaged weights on images seen and not seen; the same images, noise and levels every time."""
         model = Model(self.state.average, self.model)
         return held_out_error(model, self.images, self.rows, self.held_out_rows, self.config.seed)
 
-    def _measuring(self) -> Ruler:
-        """Return the ruler, which is made when it is first needed."""
+    def _measured(self) -> Measurement:
+        """Measure samples of the averaged weights; the ruler is made when it is first needed."""
         if self._ruler is None:
             images, name = self.images, "training images"
             if len(self.held_out_rows) > 1:
                 images, name = self.images.subset(self.held_out_rows), "held-out images"
             self._ruler = Ruler(images, self.config.measure_images, name)
-        return self._ruler
+        return self._ruler.measure(self.state.average, self.model)
 
     def _loss(self, batch: Batch) -> Tensor:
         given = {"labels": batch.labels, "augment": batch.augment}
@@ -355,7 +370,7 @@ class Trainer:
         for path in reversed(checkpoints_of(self.folder)):
             try:
                 saved = read_config(path)
-                found = changes(self.config, self._data, saved.training)
+                found = self._changes_since(path, saved.training)
                 if not force:
                     require_same(found, self.folder)
                 if found:
@@ -379,6 +394,16 @@ class Trainer:
                 "to start anew, give another folder"
             )
         return None
+
+    def _changes_since(self, path: Path, record: Mapping[str, Any]) -> list[str]:
+        """Return what differs from the settings and images of a checkpoint, see `changes`."""
+        try:
+            return changes(self.config, self._data, record)
+        except InvalidInputError as error:
+            raise CheckpointError(
+                f"the settings in {path / CONFIG_FILE} cannot be used ({error}): they were edited by hand, or written "
+                "by another version of Fewstep; restore the file, or train with that version"
+            ) from error
 
 
 def _has_dropout(network: nn.Module) -> bool:
