@@ -248,3 +248,6 @@ def test_a_file_where_a_folder_is_needed(tmp_path):
             only_writer(tmp_path / place),
         ):
             pass
+        with pytest.raises(CheckpointError, match="file is a file"):
+            write_folder(tmp_path / place, fill("new"))
+    assert content(tmp_path) == {"file": ""}

@@ -124,6 +124,7 @@ def write_folder(path: Path, write: Callable[[Path], None]) -> None:
     temporary = path.with_name(f"{_UNFINISHED}{uuid.uuid4().hex}-{path.name}")
     try:
         with _writing(path):
+            require_folder(path)
             temporary.mkdir(parents=True)
             write(temporary)
             for entry in (*sorted(temporary.rglob("*")), temporary):

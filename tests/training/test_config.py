@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 
@@ -117,3 +119,33 @@ def test_what_could_never_be_sampled_is_refused(make_config, process, predicts):
         make_config(process=process, predicts=predicts)
     for other in ("flow", "velocity", "data"):
         make_config(process=process, predicts=other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"process": "vp_cosine"}, "give names and values, such as {'name': 'vp_cosine'}"),
+        ({"process": flow()}, "give names and values, such as {'name': 'vp_cosine'}"),
+        ({"process": {"steps": 5}}, "give names and values, such as {'name': 'vp_cosine'}"),
+        ({"times": "log_normal"}, "such as {'name': 'log_normal'}"),
+        ({"weight": {"gamma": 5}}, "such as {'name': 'min_snr'}"),
+        ({"data": None}, "give text or a path"),
+        ({"labels": 5}, "give text or a path"),
+        ({"horizontal_flip": "no"}, "give True or False"),
+        ({"compile": None}, "give True or False"),
+    ],
+    ids=str,
+)
+def test_values_of_another_kind_are_refused_by_name(make_config, changes, words):
+    with pytest.raises(InvalidInputError, match=re.escape(words)) as caught:
+        make_config(**changes)
+    assert str(caught.value).startswith(f"{next(iter(changes))} = ")
+    with pytest.raises(InvalidInputError, match="network_options = None is not allowed"):
+        TrainingConfig(data="x", network_options=None)
+
+
+def test_paths_are_settings_like_text(make_config):
+    paths = {name: Path("a") / "b" for name in ("data", "labels", "cache", "start_from")}
+    config = make_config(**paths)
+    assert json.loads(json.dumps(config.to_dict()))["data"] == str(Path("a") / "b")
+    assert config == make_config(**{name: str(path) for name, path in paths.items()})

@@ -247,6 +247,13 @@ def test_images_that_cannot_be_trained_on(images, make_config, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_images_of_another_kind_are_refused(images, make_config, tmp_path):
+    with pytest.raises(DataError, match=r"images are a Tensor; give a fewstep\.data\.ImageSet"):
+        Trainer(make_config(), tmp_path / "run", images=images.images)
+    with pytest.raises(DataError, match="labels are a list"):
+        ImageSet(images.images, labels=[0] * 20, class_names=("a",))
+
+
 def test_images_without_labels(images, make_config, tmp_path):
     plain = ImageSet(images.images, source="plain")
     train(make_config(sample_every=7), tmp_path, plain)

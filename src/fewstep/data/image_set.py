@@ -45,7 +45,7 @@ class ImageSet:
         known_digest: The `digest`, where it is on record; None: it is computed when asked for.
 
     Raises:
-        DataError: If ``images`` is not a uint8 tensor with four dimensions.
+        DataError: If ``images`` is not a uint8 tensor with four dimensions, or ``labels`` no tensor.
 
     >>> two = ImageSet(torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1))
     >>> len(two), two.shape, two.num_classes
@@ -67,6 +67,11 @@ class ImageSet:
 
     def __post_init__(self) -> None:
         """Refuse anything that is not a stack of byte images."""
+        labels: object = self.labels
+        if labels is not None and not isinstance(labels, Tensor):
+            raise DataError(
+                f"labels are a {type(labels).__name__}; give one int64 number for each image: torch.tensor(labels)"
+            )
         if self.images.dtype != torch.uint8 or self.images.ndim != 4:
             raise DataError(
                 f"images are {self.images.dtype} of shape {tuple(self.images.shape)}; an ImageSet "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
@@ -20,7 +21,9 @@ from fewstep.training.settings import (
     Number,
     Numbers,
     OneOf,
+    Options,
     Setting,
+    Text,
     Whole,
     check_settings,
     settings_of,
@@ -58,7 +61,8 @@ class TrainingConfig:
         str,
         Setting(
             "Images: a folder (sub-folders are classes), tar shards, an .npz file, or a name such as mnist-1000.",
-            group="Images",
+            Text(),
+            "Images",
             decides=False,  # the images themselves are compared
         ),
     ]
@@ -75,7 +79,8 @@ class TrainingConfig:
         str | None,
         Setting(
             "CSV file with the columns file_name and label or caption; by default labels.csv beside the images.",
-            group="Images",
+            Text(),
+            "Images",
             decides=False,  # the labels themselves are compared
         ),
     ] = None
@@ -83,7 +88,8 @@ class TrainingConfig:
         str,
         Setting(
             "Keep decoded images on disk: auto (if they are many), off, or the folder to keep them in.",
-            group="Images",
+            Text(),
+            "Images",
             decides=False,
         ),
     ] = "auto"
@@ -123,19 +129,25 @@ class TrainingConfig:
         ),
     ] = 0.1
     network: Annotated[
-        str, Setting("Preset of the network.", OneOf(tuple(presets())), "Network")
+        str,
+        Setting(
+            f"Preset of the network: {', '.join(presets())}.", OneOf(tuple(presets())), "Network"
+        ),
     ] = "small"
     network_options: Annotated[
         Mapping[str, Any],
         Setting(
-            "What differs from the preset, as JSON: '{\"channels\": [32, 64]}'.", group="Network"
+            "What differs from the preset, as JSON: '{\"channels\": [32, 64]}'.",
+            Options({"channels": [32, 64]}),
+            "Network",
         ),
     ] = field(default_factory=dict)
     process: Annotated[
         Mapping[str, Any],
         Setting(
             'Forward process: a name, or JSON: \'{"name": "vp_cosine", "steps": 500}\'.',
-            group="Objective",
+            Options({"name": "vp_cosine"}),
+            "Objective",
             advice=(
                 "[A process](models.md#its-process) by name or as JSON. `vp_cosine` adds noise more "
                 "gently, which suits images of 64x64 and below (Nichol, Dhariwal 2021)"
@@ -156,7 +168,7 @@ class TrainingConfig:
     ] = "noise"
     times: Annotated[
         Mapping[str, Any],
-        Setting(TIMES_HELP, group="Objective"),
+        Setting(TIMES_HELP, Options({"name": "log_normal"}), "Objective"),
     ] = field(default_factory=lambda: {"name": "uniform"})
     stratified: Annotated[
         bool,
@@ -164,7 +176,7 @@ class TrainingConfig:
     ] = False
     weight: Annotated[
         Mapping[str, Any],
-        Setting(WEIGHT_HELP, group="Objective"),
+        Setting(WEIGHT_HELP, Options({"name": "min_snr"}), "Objective"),
     ] = field(default_factory=lambda: {"name": "simple"})
     learned_variance: Annotated[
         bool,
@@ -299,7 +311,8 @@ class TrainingConfig:
         str | None,
         Setting(
             "First weights: a model folder, a run or a bundled model, as far as its weights fit.",
-            group="Weights",
+            Text(),
+            "Weights",
             advice=(
                 "Averaged weights are taken; what does not fit in name and shape starts anew and is "
                 "listed"
@@ -407,8 +420,11 @@ class TrainingConfig:
     ] = False
 
     def __post_init__(self) -> None:
-        """Check every value; bring process and betas into their full form."""
+        """Check every value; bring paths, process and betas into their full form."""
         check_settings(self)
+        for name in ("data", "labels", "cache", "start_from"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, os.fspath(getattr(self, name)))
         object.__setattr__(self, "betas", tuple(self.betas))
         object.__setattr__(self, "process", processes.from_dict(self.process).to_dict())
         for name, registry in (("times", TIMES), ("weight", WEIGHTS)):

@@ -46,6 +46,10 @@ def check_for_training(images: ImageSet) -> tuple[Finding, ...]:
     Raises:
         DataError: They cannot be trained on.
     """
+    if not isinstance(images, ImageSet):
+        raise DataError(
+            f"images are a {type(images).__name__}; give a fewstep.data.ImageSet of bytes, (N, C, H, W)"
+        )
     findings = check_images(images)
     errors = [finding.message for finding in findings if finding.severity == "error"]
     if errors:

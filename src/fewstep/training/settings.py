@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -98,19 +100,57 @@ class Each:
 
 
 @dataclass(frozen=True)
+class Text:
+    """A piece of text, or a path."""
+
+    def check(self, name: str, value: object) -> None:
+        """Refuse other values, by the name of the setting."""
+        if not isinstance(value, str | os.PathLike):
+            raise InvalidInputError(f"{name} = {value!r} is not allowed; give text or a path")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Names and values.
+
+    Args:
+        example: What the message gives as an example; if it has a ``name``, so must every value.
+    """
+
+    example: Mapping[str, Any]
+
+    def check(self, name: str, value: object) -> None:
+        """Refuse other values, by the name of the setting."""
+        if not isinstance(value, Mapping) or ("name" in self.example and "name" not in value):
+            raise InvalidInputError(
+                f"{name} = {value!r} is not allowed; give names and values, such as {dict(self.example)}"
+            )
+
+
+@dataclass(frozen=True)
+class Switch:
+    """True or False."""
+
+    def check(self, name: str, value: object) -> None:
+        """Refuse other values, by the name of the setting."""
+        if not isinstance(value, bool):
+            raise InvalidInputError(f"{name} = {value!r} is not allowed; give True or False")
+
+
+@dataclass(frozen=True)
 class Setting:
     """What a field of the settings means.
 
     Args:
         help: A sentence for the help of the command and the table of the docs.
-        allowed: What values may be; None: checked elsewhere.
+        allowed: What values may be; None: checked elsewhere, and a switch where the default is True or False.
         group: One of `GROUPS`.
         decides: Whether the trained weights depend on it; a run goes on under other values of the rest.
         advice: Sensible values, as markdown for the table of the docs.
     """
 
     help: str
-    allowed: Whole | Number | OneOf | Numbers | Each | None = None
+    allowed: Whole | Number | OneOf | Numbers | Each | Text | Options | Switch | None = None
     group: str = "Run"
     decides: bool = True
     advice: str = ""
@@ -146,6 +186,8 @@ def check_settings(config: Any) -> None:
     settings = settings_of(type(config))
     for field in dataclasses.fields(config):
         value, setting = getattr(config, field.name), settings.get(field.name)
-        if setting is None or setting.allowed is None or (value is None and field.default is None):
+        if setting is None or (value is None and field.default is None):
             continue
-        setting.allowed.check(field.name, value)
+        allowed = setting.allowed or (Switch() if isinstance(field.default, bool) else None)
+        if allowed is not None:
+            allowed.check(field.name, value)
