@@ -152,3 +152,12 @@ def test_evaluate_refuses_other_shapes(tmp_path, monkeypatch, capsys):
     words = ("--data", str(tmp_path / "a.npz"), "--out", str(tmp_path))
     assert run(monkeypatch, "evaluate", str(model), *words) == 2
     assert "8x4, the model's 12x4" in capsys.readouterr().err
+
+
+def test_a_file_where_results_should_go_is_refused_before_anything_is_measured(
+    tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "file").write_text("")
+    words = ("--data", str(tmp_path / "nothing"), "--out", str(tmp_path / "file/results"))
+    assert run(monkeypatch, "evaluate", "digits", *words) == 1
+    assert "file is a file, but a folder is needed there" in capsys.readouterr().err

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from torch import Tensor
 
-from fewstep.checkpoints import save_json
+from fewstep.checkpoints import require_folder, save_json
 from fewstep.cli.loading import load_with_progress
 from fewstep.data import ImageSet, evenly, save_image, to_uint8
 from fewstep.errors import InvalidInputError
@@ -52,6 +52,7 @@ def evaluate(
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("evaluation"),
 ) -> None:
     """Measure the loss by noise level, the bound on the likelihood, the share of copies among samples, a distance."""
+    require_folder(out)
     trained = load(model, device=device, weights=weights)
     images = _load(trained, data)
     seen, unseen = _sets(trained, images, None if held_out is None else _load(trained, held_out))
