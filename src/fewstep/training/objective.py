@@ -76,16 +76,16 @@ class Objective:
         output, target, x_t = _output_and_target(
             network, self.process, x0, noise, t, self.predicts, conditions, self.learned_variance
         )
-        mean, variance = split_variance(output, x0) if self.learned_variance else (output, None)
+        mean, share = split_variance(output, x0) if self.learned_variance else (output, None)
         squares = (mean.float() - target.float()).square()
         loss = squares.mean() if self.weight.is_simple else self._weighted(squares, t)
-        if variance is None:
+        if share is None:
             return loss
         skip, out = Parameterisation(self.predicts).estimate_of(
             *(_column(f(t), x0) for f in (self.process.alpha, self.process.sigma))
         )
         estimate = skip.to(x0).float() * x_t.float() + out.to(x0).float() * mean.detach().float()
-        bound = bound_term(self.process, x0, estimate, variance.float(), t)
+        bound = bound_term(self.process, x0, estimate, share, t)
         return loss + VARIANCE_SHARE * (bound / self.times.probability(t).to(bound)).mean()
 
     def per_image(
