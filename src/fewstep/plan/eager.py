@@ -210,5 +210,7 @@ class EagerPlan:
         return Solution(result, tape.calls, tape.accepted, tape.rejected)
 
     def __str__(self) -> str:
-        calls = "as many network calls as the data need" if self.adaptive else "run as it is written"
+        calls = (
+            "as many network calls as the data need" if self.adaptive else "run as it is written"
+        )
         return f"{self.name}: {calls}"

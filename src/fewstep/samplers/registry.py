@@ -12,7 +12,9 @@ from fewstep.registry import Entry, Registry
 from fewstep.schedulers import Grid
 
 Family = Literal["ODE", "SDE", "implicit", "momentum", "adaptive", "distilled"]
-Need = Literal["guided pair", "differentiable network", "predictor", "statistics", "learned variance"]
+Need = Literal[
+    "guided pair", "differentiable network", "predictor", "statistics", "learned variance"
+]
 OF_TRAINING: tuple[Need, ...] = ("predictor", "statistics", "learned variance")
 """Needs that only a training meets: of the network itself, or of a companion of it."""
 

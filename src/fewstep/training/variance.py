@@ -10,6 +10,7 @@ from torch.special import log_ndtr
 
 from fewstep.denoisers import variance_share
 from fewstep.process import Process
+from fewstep.training.columns import column
 
 BIN = 1 / 255
 """Half the distance of two neighbouring bytes on [-1, 1]."""
@@ -86,8 +87,7 @@ def learned_log_variance(process: Process, share: Tensor, t: Tensor) -> Tensor:
 
     Source: Nichol, Dhariwal 2021, arXiv:2102.09672, equation 15.
     """
-    column = (-1,) + (1,) * (share.ndim - 1)
-    small, large = (value.reshape(column).to(share) for value in log_variances(process, t))
+    small, large = (column(value, share).to(share) for value in log_variances(process, t))
     return share * large + (1 - share) * small
 
 
@@ -97,16 +97,15 @@ def bound_term(process: Process, x0: Tensor, estimate: Tensor, share: Tensor, t:
     For t > 0 the divergence of the true reverse step `q(x_s | x_t, x_0)` from the learnt one, s = t - 1; both are
     normal, and their means differ by `on_x0 (x_0 - D)`. For t = 0 the loss of the decoder.
     """
-    column = (-1,) + (1,) * (x0.ndim - 1)
     learnt = learned_log_variance(process, share, t)
-    small, _ = (value.reshape(column).to(x0) for value in log_variances(process, t))
+    small, _ = (column(value, x0).to(x0) for value in log_variances(process, t))
     before = (t - 1).clamp(min=0)
     on_x0 = process.alpha(before) * -torch.expm1(
         2 * (process.log_snr(t) - process.log_snr(before))
     )
-    shift = on_x0.reshape(column).to(x0) * (x0 - estimate)
+    shift = column(on_x0, x0).to(x0) * (x0 - estimate)
     divergence = gaussian_divergence(shift, small, torch.zeros_like(shift), learnt)
-    first = (t == 0).reshape(column).to(x0.device)
+    first = column(t == 0, x0)
     return (
         torch.where(first, decoder_loss(x0, estimate, learnt / 2), divergence).flatten(1).mean(1)
     )
