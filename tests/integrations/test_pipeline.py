@@ -218,3 +218,10 @@ def test_the_command(
     assert "exists already" in capsys.readouterr().err
     assert run(monkeypatch, "export", "plan.json", "--to", "comfyui", "--out", "x") == 2
     assert "leave out --out" in capsys.readouterr().err
+
+
+def test_an_export_never_replaces_what_is_no_pipeline(tmp_path: Path) -> None:
+    (tmp_path / "photo.png").write_text("mine")
+    with pytest.raises(InvalidInputError, match="is not a pipeline of diffusers"):
+        export_pipeline(ours(), tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["photo.png"]
