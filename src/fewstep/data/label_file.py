@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from fewstep.data.captions import CaptionList
 from fewstep.data.sources import PROGRESS_EVERY, Names, OnProgress
 from fewstep.errors import DataError
 
@@ -50,22 +51,20 @@ class LabelFile:
     def __init__(self, path: Path, on_progress: OnProgress | None = None) -> None:
         self.path = path
         self.has_labels = False
-        keys, labels = array("q"), array("l")
+        keys, labels = array("q"), array("i")
         number: dict[str | None, int] = {}
-        captions: list[str | None] = []
+        captions = CaptionList()
         for line, (name, label, caption) in self._entries():
             keys.append(hash(name))
             labels.append(number.setdefault(label, len(number)))
-            if captions or caption is not None:
-                captions += [None] * (len(keys) - 1 - len(captions))
-                captions.append(caption)
+            captions.append(caption)
             if on_progress is not None and line % PROGRESS_EVERY == 0:
                 on_progress("reading labels", line, None)
-        unsorted = np.array(keys, np.int64)
+        unsorted = np.frombuffer(keys, np.int64)
         self._order = unsorted.argsort(kind="stable")
         self._keys = unsorted[self._order]
-        self._labels, self._captions = labels, captions
-        self._label_names = list(number)
+        self._labels, self._label_names = labels, list(number)
+        self._captions = captions.captions()
         self._require_unique()
 
     def __len__(self) -> int:
@@ -78,10 +77,8 @@ class LabelFile:
         if place == len(self) or self._keys[place] != hash(name):
             return None
         k = int(self._order[place])
-        return Row(
-            self._label_names[self._labels[k]],
-            self._captions[k] if k < len(self._captions) else None,
-        )
+        label = self._label_names[self._labels[k]]
+        return Row(label, self._captions[k] if self._captions else None)
 
     def require_match(self, names: Names, source: str) -> None:
         """Demand a row for every picture and a picture for every row.
@@ -90,10 +87,10 @@ class LabelFile:
             DataError: The message counts and names what is missing on both sides.
         """
         pictures = np.fromiter(map(hash, names), np.int64, len(names))
+        if np.array_equal(np.unique(pictures), self._keys):
+            return
         without_row = ~np.isin(pictures, self._keys)
         without_picture = set(self._keys[~np.isin(self._keys, pictures)].tolist())
-        if not without_row.any() and not without_picture:
-            return
         missing = sorted(set(compress(names, without_row)))
         unknown = sorted(n for _, (n, *_) in self._entries() if hash(n) in without_picture)
         faults = [
