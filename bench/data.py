@@ -9,7 +9,7 @@ finds the cache, and removes everything again:
 - *captions*: a text file beside each image (a tenth of the images);
 - *tar shards*: the same pictures in archives, each with a `.cls` file.
 
-Each start is a process of its own. *Silence* is the longest time between two reports of progress while loading; *memory*
+Each start is a process of its own. *Silence* is the longest time between two reports of progress in loading, *memory*
 the peak of what the process holds for itself (pages of the mapped file are the system's), above what the imports took;
 *checks* those before training. A *batch* is 128 images at random places, as floats.
 """
