@@ -11,7 +11,7 @@ finds the cache, and removes everything again:
 
 Each start is a process of its own. *Silence* is the longest time between two reports of progress in loading, *memory*
 the peak of what the process holds for itself (pages of the mapped file are the system's), above what the imports took;
-*checks* those before training. A *batch* is 128 images at random places, as floats.
+*checks* those before training. A *batch* is 128 images at random places, as floats, made by one thread.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 from report import header
@@ -140,6 +141,7 @@ def started(source: str, cache: str, labels: str | None) -> dict[str, float]:
     """Load the images in this process and draw batches; the figures of it."""
     from fewstep.data import check_images, load_images
 
+    torch.set_num_threads(1)  # as in the thread that makes the batches of a training run
     load_images("mnist-1000").batch([0])
     memory, silence = Memory(), Silence()
     figures: dict[str, float] = {}
@@ -222,6 +224,7 @@ def main() -> None:
         for kind in options.kinds:
             for line in measured(kind, Path(folder), options.files):
                 print(line, flush=True)
+    print(f"\nLoad of the machine in the last 15 minutes: {os.getloadavg()[2]:.1f}.")
 
 
 if __name__ == "__main__":

@@ -297,6 +297,7 @@ def test_a_waiting_process_takes_over_from_one_that_dies(
         def hang(*_: object) -> None:
             os.write(write, b"!")
             time.sleep(60)
+            os._exit(1)
 
         fewstep.data.cache.decode = hang  # pyright: ignore[reportAttributeAccessIssue]
         load_images(data, cache=tmp_path / "cache")
