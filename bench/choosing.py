@@ -107,7 +107,7 @@ class Setting:
 def settings(only: Sequence[str]) -> Iterator[Setting]:
     """All runs of the samplers asked for, or of all that need no trained companion of the network."""
     for entry in SAMPLERS:
-        if (only and entry.name not in only) or {"predictor", "statistics"} & set(entry.needs):
+        if (only and entry.name not in only) or entry.needs_training:
             continue
         adaptive = any(option.name == "rtol" for option in entry.options)
         for scheduler in SCHEDULERS:

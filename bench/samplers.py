@@ -149,7 +149,7 @@ def _titled(peer: Peer) -> str:
 def _orders(entry: SamplerEntry) -> tuple[str, str]:
     """The stated and the measured order."""
     stated = str(entry.order or "-")
-    if entry.eager or not entry.order or {"predictor", "statistics"} & set(entry.needs):
+    if entry.eager or not entry.order or entry.needs_training:
         return stated, "-"
     measured = measured_order(entry.name)
     return stated, "-" if measured is None else f"{measured:.2f}"
@@ -215,7 +215,7 @@ def main() -> None:
     rows: list[tuple[str, ...]] = []
     for entry in SAMPLERS:
         if entry.name in (arguments.only or [e.name for e in SAMPLERS]):
-            if {"predictor", "statistics"} & set(entry.needs):
+            if entry.needs_training:
                 continue
             for row in cells(entry):
                 rows.append(row)

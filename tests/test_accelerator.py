@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import fewstep as fs
+from fewstep.data import load_images
 from fewstep.models import load
 from fewstep.samplers import SAMPLERS
-from fewstep.training import TrainingConfig, run
+from fewstep.training import Trainer, TrainingConfig, run
+from fewstep.training.facts import Window
 
 pytestmark = pytest.mark.gpu
 SAMPLER_NAMES = [entry.name for entry in SAMPLERS if not entry.needs]
@@ -73,6 +75,44 @@ def test_a_plan_runs_in_parallel_in_time() -> None:
     outcome = plan.run_parallel(model, x, tolerance=1e-4)
     assert outcome.rounds < plan.calls
     assert (outcome.x - plan.run(model, x)).abs().max() < 0.05
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"predicts": "velocity", "weight": {"name": "min_snr"}, "horizontal_flip": True},
+        {"learned_variance": True},
+        {"process": fs.process.edm().to_dict(), "predicts": "edm", "weight": {"name": "edm"}},
+        {"process": fs.process.flow().to_dict(), "predicts": "flow", "ema_more": (0.99,)},
+    ],
+    ids=lambda settings: "-".join(settings) or "default",
+)
+def test_no_step_waits_for_the_accelerator(settings: dict, tmp_path: Path) -> None:
+    config = TrainingConfig(data="mnist-1000", steps=4, batch_size=16, **settings)
+    trainer = Trainer(config, tmp_path, device="cuda")
+    trainer._advance(trainer._batches[0], Window())  # the first one sets everything up
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for step in (1, 2, 3):
+            trainer._advance(trainer._batches[step], Window())
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(weight.isfinite().all() for weight in trainer.state.network.parameters())
+
+
+def test_images_are_moved_once_if_they_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = load_images("mnist-1000")
+    device = torch.device("cuda")
+    near = images.near(device)
+    assert near.images.is_cuda and images.images.device.type == "cpu"
+    for set_ in (images, near):
+        x, labels = set_.batch([5, 2], device)
+        assert x.is_cuda
+        expected, classes = images.batch([5, 2])
+        assert torch.equal(x.cpu(), expected) and torch.equal(labels.cpu(), classes)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (images.images.nbytes * 3, 0))
+    assert images.near(device) is images
 
 
 def test_training_falls_and_resumes(tmp_path: Path) -> None:

@@ -329,14 +329,14 @@ def _link(entry: Entry) -> str:
 
 def _sampler_row(entry: SamplerEntry) -> Sequence[object]:
     draws = "yes" if entry.stochastic else "no"
-    calls = "as needed" if entry.eager else entry.calls_per_step
+    calls = "as needed" if entry.adaptive else entry.calls_per_step
     facts = entry.family, entry.order or "-", calls, draws, ", ".join(entry.needs)
     return _link(entry), entry.title, *facts
 
 
 def _sampler_facts(entry: SamplerEntry) -> Iterator[str]:
     yield f"{entry.family} of order {entry.order}" if entry.order else f"{entry.family}, no order"
-    if not entry.eager and not {"predictor", "statistics"} & set(entry.needs):
+    if not entry.eager and not entry.needs_training:
         traced = plan(entry.name, karras(vp_linear(), EXAMPLE_CALL_STEPS))
         if isinstance(traced, Plan):
             yield (

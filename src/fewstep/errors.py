@@ -75,6 +75,14 @@ def no_guidance(name: str) -> InvalidInputError:
     )
 
 
+def no_learned_variance(name: str) -> InvalidInputError:
+    """Build the error for a denoiser whose network gives no variance."""
+    return InvalidInputError(
+        f"this sampler draws with the variance that a network has learnt, but {name} gives none; "
+        "train with --learned-variance, or take the sampler ddpm"
+    )
+
+
 def not_differentiable(name: str, why: str) -> InvalidInputError:
     """Build the error for a denoiser whose estimate has no derivative."""
     return InvalidInputError(

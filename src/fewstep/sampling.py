@@ -256,7 +256,7 @@ def usual_batch_size(plan: Plan | EagerPlan, shape: Sequence[int]) -> int:
 
     Eight of 28x28, or as many as hold that many pixels; 1 with a sampler that may choose its steps by the data.
     """
-    if isinstance(plan, EagerPlan):
+    if isinstance(plan, EagerPlan) and plan.adaptive:
         return 1
     pixels = math.prod(shape[1:])
     return max(1, min(BATCH_SIZE, BATCH_SIZE * 28 * 28 // pixels))

@@ -19,11 +19,8 @@ from fewstep.registry import Option
 from fewstep.samplers import SAMPLERS, SamplerEntry, plan
 from fewstep.schedulers import karras
 
-GIVEN = {"predictor", "statistics"}
-"""Needs that only a trained companion of the network meets; samplers with them have tests of their own."""
-
 ENTRIES = list(SAMPLERS)
-TRACED = [e for e in ENTRIES if not e.eager and not GIVEN & set(e.needs)]
+TRACED = [e for e in ENTRIES if not e.eager and not e.needs_training]
 APART = [e for e in ENTRIES if e not in TRACED]
 
 NUMBERS: dict[str, tuple[float, ...]] = {

@@ -9,6 +9,7 @@ import torch
 from torch.distributions import Normal, kl_divergence
 
 from fewstep import process as processes
+from fewstep.denoisers import Denoiser
 from fewstep.denoisers.exact import GaussianMixture
 from fewstep.errors import InvalidInputError
 from fewstep.process import forward_kernel, posterior
@@ -144,7 +145,7 @@ def test_variances_are_those_of_the_reverse_steps(name):
 
 def test_the_learnt_variance_lies_between_the_two():
     process, t = processes.vp_linear(), torch.tensor([5.0, 5.0, 5.0], dtype=torch.float64)
-    v = torch.tensor([-1.0, 0.0, 1.0]).double().reshape(3, 1, 1, 1)
+    v = torch.tensor([0.0, 0.5, 1.0]).double().reshape(3, 1, 1, 1)
     found = learned_log_variance(process, v, t).flatten()
     small, large = (float(value[0]) for value in log_variances(process, t))
     assert found.tolist() == pytest.approx([small, (small + large) / 2, large])
@@ -160,6 +161,57 @@ def test_the_bound_term_is_the_divergence_of_the_two_steps():
         std = (learned_log_variance(process, v, t)[k] / 2).exp()
         expected = kl_divergence(Normal(mean, q.std), Normal(other, std)).mean()
         torch.testing.assert_close(found[k], expected, rtol=1e-6, atol=1e-12)
+
+
+def with_variance(process, share_of) -> Denoiser:
+    """Normal data of width STD, with a learnt variance."""
+
+    def network(x, t):
+        level = process.level(float(t[0]))
+        noise = level.sigma * x / ((level.alpha * STD) ** 2 + level.sigma**2)
+        return torch.cat([noise, torch.full_like(x, 2 * share_of(level) - 1)], 1)
+
+    return Denoiser(network, process)
+
+
+def test_the_bound_is_tighter_with_the_variance_that_was_learnt():
+    """By its closed form: with the posterior's variance nothing changes; the best one has the divergence of widths."""
+    images, process = byte_images(64), processes.vp_cosine(steps=50)
+    plain = variational_bound(ideal(process), images)
+    same = variational_bound(with_variance(process, lambda level: 0.0), images)
+    assert (same.prior, same.steps) == pytest.approx((plain.prior, plain.steps), rel=1e-5)
+
+    def best(level) -> float:
+        if level.t == 0:
+            return 0.0
+        before = process.level(level.t - 1)
+        q, error = posterior(level, before), (level.sigma * STD) ** 2
+        error /= (level.alpha * STD) ** 2 + level.sigma**2
+        small, large = q.std**2, forward_kernel(before, level).std ** 2
+        return math.log((small + q.on_x0**2 * error) / small) / math.log(large / small)
+
+    learnt = variational_bound(with_variance(process, best), images, batch_size=64)
+    levels = [process.level(t) for t in range(1, 50)]
+    posteriors = [posterior(level, process.level(level.t - 1)) for level in levels]
+    expected = sum(
+        best(level) * (math.log(forward_kernel(process.level(level.t - 1), level).std / q.std))
+        for level, q in zip(levels, posteriors, strict=True)
+    )
+    assert learnt.steps == pytest.approx(expected / math.log(2), rel=0.02)
+    assert learnt.steps < plain.steps - 0.02
+
+
+def test_the_decoder_has_the_width_that_was_learnt():
+    images, process = byte_images(256), processes.vp_cosine(steps=20)
+    level = process.level(0.0)
+    error = (level.sigma * STD) ** 2 / ((level.alpha * STD) ** 2 + level.sigma**2)
+    small, large = (float(v[0]) for v in log_variances(process, torch.zeros(1).double()))
+    for share in (0.0, 0.3, 1.0):
+        model = with_variance(process, lambda level, v=share: v)
+        log_variance = (1 - share) * small + share * large
+        nats = (math.log(2 * math.pi) + log_variance + error / math.exp(log_variance)) / 2
+        expected = math.log2(255 / 2) + nats / math.log(2)
+        assert variational_bound(model, images).decoder == pytest.approx(expected, rel=5e-3)
 
 
 def test_the_hybrid_loss_teaches_the_variance_alone():
@@ -184,7 +236,7 @@ def test_the_hybrid_loss_teaches_the_variance_alone():
         x0 * process.alpha(t).reshape(3, 1, 1, 1)
         + process.sigma(t).reshape(3, 1, 1, 1) * (noise - output[:, :1])
     ) / process.alpha(t).reshape(3, 1, 1, 1)
-    term = 1000 * bound_term(process, x0, estimate.float(), output[:, 1:], t).mean()
+    term = 1000 * bound_term(process, x0, estimate.float(), (output[:, 1:] + 1) / 2, t).mean()
     assert float(hybrid - simple) == pytest.approx(0.001 * float(term), rel=1e-3)
 
 

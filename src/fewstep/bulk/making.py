@@ -120,7 +120,7 @@ def sample_many(
             raise InvalidInputError(f"{name} must be a whole number >= 1, got {value!r}")
     if format not in FORMATS:
         raise unknown_name("format", format, FORMATS)
-    if isinstance(made, EagerPlan) and batch_size not in (None, 1):
+    if isinstance(made, EagerPlan) and made.adaptive and batch_size not in (None, 1):
         raise InvalidInputError(
             f"batch_size = {batch_size}, but {made.sampler} may choose its steps by the data, which a batch shares; "
             "leave batch_size out, so that a picture does not depend on its neighbours"

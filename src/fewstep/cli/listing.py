@@ -85,7 +85,7 @@ def described(entry: Entry) -> dict[str, Any]:
             "calls_per_step": entry.calls_per_step,
             "stochastic": entry.stochastic,
             "needs": list(entry.needs),
-            "adaptive": entry.eager,
+            "adaptive": entry.adaptive,
         }
     return {
         **row,

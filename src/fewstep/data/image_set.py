@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from fewstep.devices import moved
 from fewstep.errors import DataError, InvalidInputError
 
 CHUNK_BYTES = 2**24
@@ -131,23 +132,40 @@ class ImageSet:
             captions=captions,
         )
 
-    def batch(self, indices: Indices) -> tuple[Tensor, Tensor | None]:
+    def batch(
+        self, indices: Indices, device: torch.device | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Draw images as floats, ``x = bytes / 127.5 - 1``, with their labels.
 
         Args:
             indices: Which images, each in 0..N-1; any order, repeats allowed.
+            device: Where the floats are wanted; the bytes go there. None: where they are.
 
         Returns:
-            float32 ``(B, C, H, W)`` in [-1, 1], and int64 ``(B,)`` or None if there are no labels.
+            float32 ``(B, C, H, W)`` in [-1, 1], and int64 ``(B,)``, where the set has its own, or None if there are
+            no labels.
 
         Raises:
             InvalidInputError: If an index lies outside 0..N-1.
         """
-        chosen = torch.as_tensor(indices, dtype=torch.long, device=self.images.device)
+        chosen = torch.as_tensor(indices, dtype=torch.long)
         if chosen.numel() and not 0 <= int(chosen.min()) <= int(chosen.max()) < len(self):
             raise InvalidInputError(
                 f"image indices run from {int(chosen.min())} to {int(chosen.max())}, but "
                 f"{self.source} holds {len(self)} images: use 0..{len(self) - 1}"
             )
-        images = self.images[chosen].to(torch.float32).div_(127.5).sub_(1.0)
-        return images, None if self.labels is None else self.labels[chosen]
+        images = self.images[moved(chosen, self.images.device)]
+        if device is not None:
+            images = moved(images, device)
+        images = images.to(torch.float32).div_(127.5).sub_(1.0)
+        labels = self.labels
+        return images, None if labels is None else labels[moved(chosen, labels.device)]
+
+    def near(self, device: torch.device) -> ImageSet:
+        """Return the set with its images in the memory of an accelerator, if they need a quarter of what is free there.
+
+        Drawing a batch then moves nothing. Anything larger, and anywhere else, it is the set itself.
+        """
+        if device.type != "cuda" or 4 * self.images.nbytes > torch.cuda.mem_get_info(device)[0]:
+            return self
+        return replace(self, images=self.images.to(device))

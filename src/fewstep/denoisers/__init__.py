@@ -5,7 +5,12 @@ from fewstep.denoisers.denoiser import Denoiser
 from fewstep.denoisers.exact import Dataset, GaussianMixture
 from fewstep.denoisers.guidance import AutoGuided, ClassifierFree, Guided, Projection
 from fewstep.denoisers.limits import Clipped, DynamicThreshold
-from fewstep.denoisers.parameterisation import TARGETS, Parameterisation, training_target
+from fewstep.denoisers.parameterisation import (
+    TARGETS,
+    Parameterisation,
+    training_target,
+    variance_share,
+)
 
 __all__ = [
     "TARGETS",
@@ -22,4 +27,5 @@ __all__ = [
     "Projection",
     "Wrapper",
     "training_target",
+    "variance_share",
 ]

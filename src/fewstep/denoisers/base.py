@@ -90,6 +90,15 @@ class BaseDenoiser(ABC):
         guided, weak = (torch.stack(values) for values in zip(*pairs, strict=True))
         return guided, weak
 
+    def variance_pair(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor | None]:
+        """The estimate of x_0, and where a network has learnt that the variance of a reverse step lies.
+
+        Returns:
+            The estimate, and a share v in the shape of x: the variance of the step to any other level is
+            `small^(1 - v) large^v`, from the posterior's to that of `q(x_t | x_s)`. None where none was learnt.
+        """
+        return self(x, level), None
+
     def derivative(self, x: Tensor, along: Tensor, level: Level) -> Tensor:
         """`dD/dlog_snr` at a point that moves.
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.denoisers.base import NEARBY, BaseDenoiser, beside
-from fewstep.denoisers.parameterisation import Parameterisation
+from fewstep.denoisers.parameterisation import Parameterisation, variance_share
 from fewstep.errors import InvalidInputError, not_differentiable, unknown_name
 from fewstep.process import Level, Process
 
@@ -25,7 +25,8 @@ class Denoiser(BaseDenoiser):
     Args:
         network: Any callable `(x, t, **conditions) -> output`, x of shape (B, ...), t of shape (B,) in the process's
             unit. The output has x's shape; one with twice the channels is taken for a learned-variance network, and
-            its second half is left aside. A torch module is called in the mode it is in: put it in `eval()`.
+            its second half is for `variance_pair` alone. A torch module is called in the mode it is in: put it in
+            `eval()`.
         process: The forward process that the network was trained with.
         predicts: "noise", "data", "velocity", "flow", "score" or "edm".
         conditions: Keyword arguments for the network, such as labels; tensors have the batch as first dimension.
@@ -113,8 +114,7 @@ class Denoiser(BaseDenoiser):
             if inputs.dtype != own:
                 inputs = inputs.to(own)
             value = network(inputs, next(times), **conditions)
-            if not isinstance(value, Tensor) or value.shape != point.shape:
-                value = _without_variance(value, point)
+            value, _ = _halves(value, point)
             return value if value.dtype == point.dtype else value.to(point.dtype)
 
         return output
@@ -135,6 +135,17 @@ class Denoiser(BaseDenoiser):
             (scale * x).flatten(0, 1).to(own), times.repeat_interleave(x.shape[1])
         )
         return skip * x + out * output.to(x.dtype).reshape(x.shape)
+
+    def variance_pair(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor | None]:
+        """The estimate of x_0, and the network's own second half; see `BaseDenoiser`."""
+        form = self._parameterisation
+        own, of_times = self._types(x)
+        t = x.new_full((x.shape[0],), form.time(level), dtype=of_times)
+        output = self.network((form.input_scale(level) * x).to(own), t, **self._conditions)
+        value, variance = _halves(output, x)
+        skip, out = form.skip_out(level)
+        share = None if variance is None else variance_share(variance.to(x.dtype))
+        return skip * x + out * value.to(x.dtype), share
 
     def derivative(self, x: Tensor, along: Tensor, level: Level) -> Tensor:
         """`dD/dlog_snr` by differentiating the network; see `BaseDenoiser`.
@@ -193,9 +204,7 @@ class Denoiser(BaseDenoiser):
 
     def _called(self, inputs: Tensor, t: Tensor) -> Tensor:
         output = self.network(inputs, t, **self._conditions)
-        if not isinstance(output, Tensor) or output.shape != inputs.shape:
-            return _without_variance(output, inputs)
-        return output
+        return _halves(output, inputs)[0]
 
     def with_conditions(self, **conditions: Any) -> Self:
         """The same denoiser with these conditions added; this one stays as it is.
@@ -234,19 +243,21 @@ def _repeated(condition: Any, rows: int, images: int) -> Any:
     return each.repeat(rows, *(1,) * (condition.ndim - 1))
 
 
-def _without_variance(output: object, x: Tensor) -> Tensor:
-    """The first half of a learned-variance network's doubled channels."""
+def _halves(output: object, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What a network predicts, and the other half of a learned-variance network's doubled channels."""
     if not isinstance(output, Tensor):
         raise InvalidInputError(
             f"the network gave a {type(output).__name__} instead of a tensor; wrap it so that it gives the tensor, "
             "such as lambda x, t, **conditions: network(x, t, **conditions).sample"
         )
+    if output.shape == x.shape:
+        return output, None
     if x.ndim < 2 or output.shape != (x.shape[0], 2 * x.shape[1], *x.shape[2:]):
         raise InvalidInputError(
             f"the network gave the shape {tuple(output.shape)} for an input of shape {tuple(x.shape)}; "
             "it must give the same shape, or twice the channels (learned variance)"
         )
-    return output[:, : x.shape[1]]
+    return output[:, : x.shape[1]], output[:, x.shape[1] :]
 
 
 def _check_names(network: Callable[..., Tensor], names: Iterable[str]) -> None:

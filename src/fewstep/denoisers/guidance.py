@@ -109,6 +109,10 @@ class Guided(Wrapper):
         return strong, weak
 
     @abstractmethod
+    def pair_and_share(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The strong and the weak estimate, and where the strong one's variance lies, see `variance_pair`."""
+
+    @abstractmethod
     def derivative_pair(self, x: Tensor, along: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """The derivatives of both."""
 
@@ -157,6 +161,13 @@ class Guided(Wrapper):
             else:
                 guided[rows] = weak[rows] = self.inner.many(points, there)
         return guided, weak
+
+    def variance_pair(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor | None]:
+        """The guided estimate, and the variance of the strong one."""
+        if self.scale == 1 or not self._acts(level):
+            return self.inner.variance_pair(x, level)
+        strong, weak, share = self.pair_and_share(x, level)
+        return self._pushed(strong, weak), share
 
     def derivative(self, x: Tensor, along: Tensor, level: Level) -> Tensor:
         """The guided derivative; see `BaseDenoiser`."""
@@ -245,6 +256,12 @@ class ClassifierFree(Guided):
         strong, weak = self._both(x)(torch.cat([x, x]), level).chunk(2)
         return strong, weak
 
+    def pair_and_share(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Both estimates and the conditional one's variance, in one batched call."""
+        both, shares = self._both(x).variance_pair(torch.cat([x, x]), level)
+        strong, weak = both.chunk(2)
+        return strong, weak, None if shares is None else shares.chunk(2)[0]
+
     def pairs(self, x: Tensor, levels: Sequence[Level]) -> tuple[Tensor, Tensor]:
         """Both estimates at points of several levels, in one batched call."""
         strong, weak = self._both(x[0]).many(torch.cat([x, x], 1), levels).chunk(2, 1)
@@ -305,6 +322,11 @@ class AutoGuided(Guided):
     def pair(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """The model's estimate and the weaker model's."""
         return self.inner(x, level), self.weak(x, level)
+
+    def pair_and_share(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Both estimates and the model's own variance."""
+        strong, share = self.inner.variance_pair(x, level)
+        return strong, self.weak(x, level), share
 
     def pairs(self, x: Tensor, levels: Sequence[Level]) -> tuple[Tensor, Tensor]:
         """Both estimates at points of several levels."""

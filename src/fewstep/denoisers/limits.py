@@ -33,6 +33,11 @@ class Limit(Wrapper):
         guided, weak = self.inner.guided_pair(x, level)
         return self.limited(guided), self.limited(weak)
 
+    def variance_pair(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor | None]:
+        """The limited estimate, and the variance as it is."""
+        denoised, share = self.inner.variance_pair(x, level)
+        return self.limited(denoised), share
+
     def guided_pairs(self, x: Tensor, levels: Sequence[Level]) -> tuple[Tensor, Tensor]:
         """Both estimates at several levels, limited."""
         guided, weak = self.inner.guided_pairs(x, levels)

@@ -111,6 +111,14 @@ class Parameterisation:
         return ((SIGMA_DATA * alpha) ** 2 + sigma**2) ** -0.5, log_ratio / 4
 
 
+def variance_share(output: Tensor) -> Tensor:
+    """Return `(v + 1) / 2`: a network says by a number in -1..1 where between two variances its own lies.
+
+    Source: Nichol, Dhariwal 2021, arXiv:2102.09672, equation 15.
+    """
+    return (output + 1) / 2
+
+
 def training_target(
     predicts: str, x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor
 ) -> Tensor:

@@ -1,4 +1,4 @@
-"""Samplers whose steps depend on the data: they cannot become a table, so they run on tensors as they are written."""
+"""Samplers whose numbers depend on the data: they cannot become a table, so they run on tensors as they are written."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fewstep.plan.executor import (
     estimate,
     finite,
     guided_pair,
+    variance_pair,
 )
 from fewstep.plan.instructions import Draw
 from fewstep.plan.plan import GridLike
@@ -81,6 +82,14 @@ class EagerTape:
         self._report(x, level, self._checked(guided, level))
         return guided, weak
 
+    def denoise_with_variance(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+        """The estimate of x_0 and where the learnt variance lies, see `BaseDenoiser.variance_pair`: one call."""
+        self._count(level)
+        denoised, share = variance_pair(self._denoiser, x, level)
+        self._checked(share, level)
+        self._report(x, level, self._checked(denoised, level))
+        return denoised, share
+
     def derivative(self, x: Tensor, along: Tensor, level: Level) -> Tensor:
         """`dD/dlog_snr` at the point x when it moves along a direction: one network call."""
         self._count(level)
@@ -136,12 +145,14 @@ class EagerPlan:
         grid: The levels.
         sampler: Its name.
         options: Its options.
+        adaptive: Whether its steps may depend on the data, so that the images of a batch share them.
     """
 
     function: Callable[..., Any]
     grid: GridLike
     sampler: str = "custom"
     options: Mapping[str, Any] = field(default_factory=dict)
+    adaptive: bool = True
 
     @property
     def levels(self) -> tuple[Level, ...]:
@@ -199,4 +210,7 @@ class EagerPlan:
         return Solution(result, tape.calls, tape.accepted, tape.rejected)
 
     def __str__(self) -> str:
-        return f"{self.name}: as many network calls as the data need"
+        calls = (
+            "as many network calls as the data need" if self.adaptive else "run as it is written"
+        )
+        return f"{self.name}: {calls}"

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from fewstep.errors import InvalidInputError, NonFiniteError, no_guidance, not_differentiable
+from fewstep.errors import (
+    InvalidInputError,
+    NonFiniteError,
+    no_guidance,
+    no_learned_variance,
+    not_differentiable,
+)
 from fewstep.plan.instructions import Combine, Denoise, Differentiate, Draw, Evaluate
 from fewstep.plan.lowering import Program
 from fewstep.process import Level
@@ -166,6 +172,15 @@ def guided_pair(denoiser: Any, point: Tensor, level: Level) -> tuple[Tensor, Ten
         raise no_guidance(type(denoiser).__name__)
     guided, weak = denoiser.guided_pair(point, level)
     return guided.to(point.dtype), weak.to(point.dtype)
+
+
+def variance_pair(denoiser: Any, point: Tensor, level: Level) -> tuple[Tensor, Tensor]:
+    """The estimate of a denoiser and where its learnt variance lies."""
+    if hasattr(denoiser, "variance_pair"):
+        denoised, share = denoiser.variance_pair(point, level)
+        if share is not None:
+            return denoised.to(point.dtype), share.to(point.dtype)
+    raise no_learned_variance(getattr(denoiser, "name", type(denoiser).__name__))
 
 
 def derivative(denoiser: Any, point: Tensor, along: Tensor, level: Level) -> Tensor:

@@ -1,10 +1,15 @@
-"""Samplers that put the estimate of x_0 back on the next level, with part of the noise fresh: DDPM, DDIM, Euler a."""
+"""Samplers that put the estimate of x_0 back on the next level, with part of the noise fresh: DDPM, DDIM, Euler a.
+
+With a learned variance, DDPM's noise differs from pixel to pixel.
+"""
 
 from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from fewstep.plan import Tape, Vector
+from torch import Tensor
+
+from fewstep.plan import EagerTape, Tape, Vector
 from fewstep.process import forward_kernel, posterior
 from fewstep.registry import Option
 from fewstep.samplers.options import AncestralEta, NoiseFactor
@@ -40,6 +45,29 @@ def ddpm(
         if not s.is_clean:
             std = q.std if variance == "posterior" else forward_kernel(s, t).std
             x = x + std * tape.noise(t, s)
+    return x
+
+
+@sampler(
+    "ddpm_learned",
+    title="DDPM, learned variance",
+    family="SDE",
+    stochastic=True,
+    eager=True,
+    needs=("learned variance",),
+    paper="Nichol, Dhariwal 2021, arXiv:2102.09672",
+    aliases=("improved_ddpm", "learned_range"),
+)
+def ddpm_learned(tape: EagerTape, grid: Grid) -> Tensor:
+    """Ancestral sampling with the network's own variance of each pixel, between the two choices of DDPM."""
+    x = tape.start
+    for t, s in grid.steps:
+        denoised, share = tape.denoise_with_variance(x, t)
+        q = posterior(t, s)
+        x = q.on_x * x + q.on_x0 * denoised
+        if not s.is_clean:
+            small, large = q.std, forward_kernel(s, t).std
+            x = x + small ** (1 - share) * large**share * tape.noise(t, s)
     return x
 
 

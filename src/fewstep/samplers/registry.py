@@ -12,7 +12,11 @@ from fewstep.registry import Entry, Registry
 from fewstep.schedulers import Grid
 
 Family = Literal["ODE", "SDE", "implicit", "momentum", "adaptive", "distilled"]
-Need = Literal["guided pair", "differentiable network", "predictor", "statistics"]
+Need = Literal[
+    "guided pair", "differentiable network", "predictor", "statistics", "learned variance"
+]
+OF_TRAINING: tuple[Need, ...] = ("predictor", "statistics", "learned variance")
+"""Needs that only a training meets: of the network itself, or of a companion of it."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class SamplerEntry(Entry):
         needs: What it asks of the model beyond an estimate of x_0.
         mistake: What is mistaken in the published formula, if anything; the option `corrected` mends it.
         corrected_order: Order of convergence with `corrected`.
-        eager: Whether it runs without a table, because its steps depend on the data.
+        eager: Whether it runs without a table, because its numbers depend on the data.
     """
 
     family: Family = "ODE"
@@ -41,6 +45,16 @@ class SamplerEntry(Entry):
     mistake: str = ""
     corrected_order: int | None = None
     eager: bool = False
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether it chooses its steps by the data."""
+        return self.family == "adaptive"
+
+    @property
+    def needs_training(self) -> bool:
+        """Whether it runs only on networks that were trained for it, or with a companion that was."""
+        return any(need in OF_TRAINING for need in self.needs)
 
 
 SAMPLERS: Registry[SamplerEntry] = Registry("sampler", SamplerEntry)
@@ -66,7 +80,7 @@ def plan(sampler: str | Callable[..., Vector], grid: Grid, **options: Any) -> Pl
         options: The sampler's options.
 
     Returns:
-        The Plan; run it with `plan.run(denoiser, x, noise)`. For a sampler whose steps depend on the data, an
+        The Plan; run it with `plan.run(denoiser, x, noise)`. For a sampler whose numbers depend on the data, an
         `EagerPlan`, which runs likewise.
 
     Raises:
@@ -87,6 +101,7 @@ def plan(sampler: str | Callable[..., Vector], grid: Grid, **options: Any) -> Pl
     entry = SAMPLERS.find(sampler)
     resolved = entry.resolve(options)
     # A function among the options looks at the data, so what it decides cannot be traced.
-    if entry.eager or any(callable(value) for value in resolved.values()):
-        return EagerPlan(entry.function, grid, entry.name, resolved)
+    looks = any(callable(value) for value in resolved.values())
+    if entry.eager or looks:
+        return EagerPlan(entry.function, grid, entry.name, resolved, entry.adaptive or looks)
     return trace(entry.function, grid, entry.name, **resolved)

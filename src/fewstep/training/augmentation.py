@@ -23,25 +23,6 @@ SHIFT_STEP = 1 / 8
 BLUR_RADIUS = 4
 
 
-def augmented(images: Tensor, probability: float, generator: Generator) -> tuple[Tensor, Tensor]:
-    """Augment images at random.
-
-    Args:
-        images: Floats in [-1, 1], shape (B, C, H, W).
-        probability: Of each of the six transforms, each image by itself, in [0, 1].
-        generator: A CPU generator; all randomness comes from it.
-
-    Returns:
-        The augmented images, and the numbers for the network, float32 on the CPU, shape (B, 9).
-
-    >>> images = torch.zeros(2, 1, 4, 4)
-    >>> augmented(images, 0.0, Generator())[1].abs().max().item()
-    0.0
-    """
-    conditions = draw_augmentations(len(images), probability, generator)
-    return apply_augmentations(images, conditions), conditions
-
-
 def draw_augmentations(count: int, probability: float, generator: Generator) -> Tensor:
     """Draw the nine numbers of each image; a transform that is off has zeros.
 

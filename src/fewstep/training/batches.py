@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from fewstep.data import ImageSet
-from fewstep.training.augmentation import augmented
+from fewstep.devices import moved
+from fewstep.training.augmentation import apply_augmentations, draw_augmentations
 from fewstep.training.config import TrainingConfig
 from fewstep.training.objective import Objective, drop_labels
 from fewstep.training.randomness import BatchOrder, generator
@@ -44,10 +45,10 @@ class Batches:
     """The batch of every step, as a function of the step alone.
 
     Args:
-        images: The data, held as bytes.
+        images: The data, held as bytes; an accelerator keeps all of them if they need little of its memory.
         objective: Says how times are drawn.
         config: The settings.
-        device: Where the images and the noise go; times stay on the CPU.
+        device: Where the images go, as bytes, and the noise; times stay on the CPU.
         share: Which of so many nearly equal shares of each batch to return, as (number, count); all random numbers
             are drawn for the whole batch, so that the shares of all workers make up the batch of a single one.
         rows: The images to train on, by number; None: all.
@@ -63,7 +64,7 @@ class Batches:
         rows: Tensor | None = None,
     ) -> None:
         self.images, self.objective, self.config, self.device = images, objective, config, device
-        self.share = share
+        self.share, self._images = share, images.near(device)
         self._rows = torch.arange(len(images)) if rows is None else rows
         self._order = BatchOrder(len(self._rows), config.batch_size, config.seed)
 
@@ -74,27 +75,36 @@ class Batches:
         def random(purpose: str) -> torch.Generator:
             return generator(config.seed, purpose, step)
 
-        x0, labels = self.images.batch(self._rows[self._order.batch(step)])
+        def own(whole: Tensor) -> Tensor:
+            """This worker's share of what is drawn for the whole batch."""
+            number, count = self.share
+            return whole.tensor_split(count)[number]
+
+        def there(tensor: Tensor) -> Tensor:
+            return moved(tensor, self.device)
+
+        rows = self._rows[self._order.batch(step)]
+        count, shape = len(rows), self.images.shape
+        x0, _ = self._images.batch(own(rows), self.device)
         if config.horizontal_flip:
-            mirrored = torch.rand(len(x0), 1, 1, 1, generator=random("flips")) < 0.5
-            x0 = torch.where(mirrored, x0.flip(-1), x0)
-        augment = None
+            mirrored = torch.rand(count, 1, 1, 1, generator=random("flips")) < 0.5
+            x0 = torch.where(there(own(mirrored)), x0.flip(-1), x0)
+        augment = labels = None
         if config.augment:
-            x0, augment = augmented(x0, config.augment, random("augmentations"))
-        if labels is not None:
-            labels = drop_labels(
-                labels, config.label_dropout, self.images.num_classes, random("label dropout")
-            )
-        noise = torch.randn(x0.shape, generator=random("noise"))
-        t = self.objective.draw_times(len(x0), random("times"))
-        number, count = self.share
-        own = Batch(x0, noise, t, labels, augment).split(count)[number]
+            numbers = draw_augmentations(count, config.augment, random("augmentations"))
+            augment = there(own(numbers))
+            x0 = apply_augmentations(x0, augment)
+        if self.images.labels is not None:
+            classes, null = self.images.labels[rows], self.images.num_classes
+            dropped = drop_labels(classes, config.label_dropout, null, random("label dropout"))
+            labels = there(own(dropped))
+        noise = there(own(torch.randn(count, *shape, generator=random("noise"))))
+        t = own(self.objective.draw_times(count, random("times")))
         order = torch.channels_last
-        return own._replace(
-            x0=own.x0.to(self.device, memory_format=order, non_blocking=True),
-            noise=own.noise.to(self.device, memory_format=order, non_blocking=True),
-            labels=None if own.labels is None else own.labels.to(self.device, non_blocking=True),
-            augment=None
-            if own.augment is None
-            else own.augment.to(self.device, non_blocking=True),
+        return Batch(
+            x0.contiguous(memory_format=order),
+            noise.contiguous(memory_format=order),
+            t,
+            labels,
+            augment,
         )

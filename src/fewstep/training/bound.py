@@ -12,7 +12,7 @@ from fewstep.denoisers import BaseDenoiser
 from fewstep.errors import InvalidInputError
 from fewstep.process import DiscreteVP, Level, Process
 from fewstep.training.randomness import generator
-from fewstep.training.variance import decoder_loss, gaussian_divergence
+from fewstep.training.variance import bound_term, decoder_loss, gaussian_divergence
 
 CONTINUOUS_LEVELS = 1000
 
@@ -51,10 +51,11 @@ def variational_bound(
     ``L_T + sum_t (snr_s - snr_t) / 2 |x_0 - D(x_t)|^2 + L_0``, which is the sum of the divergences of
     ``q(x_s | x_t, x_0)`` from ``q(x_s | x_t, D)``, s the level before t. The levels are the whole table of a discrete
     process; for a continuous one 1000, even in log_snr, which is a bound of its own and tends to that of continuous
-    time. The decoder is as wide as the noise left at the least noisy level.
+    time. The decoder is as wide as the noise left at the least noisy level. A variance that the network has learnt
+    for a discrete process takes the place of the posterior's, and of the decoder's.
 
     Args:
-        model: An estimator of x_0; a variance that it learnt does not enter.
+        model: An estimator of x_0.
         images: Bytes scaled to [-1, 1], `byte / 127.5 - 1`, shape (N, C, H, W), on the model's device.
         levels: How many of the steps to ask the model at, evenly spread, with a random offset for each batch: an
             unbiased estimate; None: all.
@@ -99,22 +100,29 @@ def _bound(
 ) -> Tensor:
     """The three parts of a batch in nats per dimension."""
 
-    def error(level: Level) -> tuple[Tensor, Tensor]:
-        noise = torch.randn(x0.shape, generator=random, dtype=torch.float32).to(x0)
-        estimate = model(level.alpha * x0 + level.sigma * noise, level)
-        return estimate, (x0 - estimate).double().square().mean()
+    def term(k: int) -> Tensor:
+        """What the step that ends below level k adds; at the least noisy one, the decoder."""
+        level, noise = table[k], torch.randn(x0.shape, generator=random, dtype=torch.float32)
+        x = level.alpha * x0 + level.sigma * noise.to(x0)
+        estimate, share = model.variance_pair(x, level)
+        exact, estimate = x0.double(), estimate.double()
+        if share is not None and isinstance(model.process, DiscreteVP):
+            t = torch.full((len(x0),), k, dtype=torch.float64)
+            return bound_term(model.process, exact, estimate, share.double(), t).mean().cpu()
+        if k == 0:
+            width = exact.new_tensor(math.log(level.ratio))
+            return decoder_loss(exact, estimate, width).mean().cpu()
+        fall = _snr(table[k - 1]) - _snr(level)
+        return fall / 2 * (exact - estimate).square().mean().cpu()
 
     steps = len(table) - 1
     offset = float(torch.rand((), generator=random, dtype=torch.float64))
     chosen = [math.floor((k + offset) * steps / count) + 1 for k in range(count)]
     asked = range(1, steps + 1) if count == steps else chosen
-    divergence = torch.zeros((), dtype=torch.float64)
-    for k in asked:
-        fall = _snr(table[k - 1]) - _snr(table[k])
-        divergence += fall / 2 * error(table[k])[1].cpu() * (steps / count)
-    width = math.log(table[0].ratio)
-    decoder = decoder_loss(x0.double(), error(table[0])[0].double(), x0.new_tensor(width).double())
-    return torch.stack([_prior(model.process, x0, table[-1]), divergence, decoder.mean().cpu()])
+    divergence = sum((term(k) for k in asked), torch.zeros((), dtype=torch.float64))
+    return torch.stack(
+        [_prior(model.process, x0, table[-1]), divergence * (steps / count), term(0)]
+    )
 
 
 def _prior(process: Process, x0: Tensor, level: Level) -> Tensor:

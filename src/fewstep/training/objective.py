@@ -11,6 +11,7 @@ from torch import Generator, Tensor, nn
 from fewstep.denoisers.parameterisation import Parameterisation, training_target
 from fewstep.errors import InvalidInputError
 from fewstep.process import DiscreteVP, Process
+from fewstep.training.columns import column
 from fewstep.training.loss_weights import Weight
 from fewstep.training.times import Times
 from fewstep.training.variance import bound_term, split_variance
@@ -76,17 +77,18 @@ class Objective:
         output, target, x_t = _output_and_target(
             network, self.process, x0, noise, t, self.predicts, conditions, self.learned_variance
         )
-        mean, variance = split_variance(output, x0) if self.learned_variance else (output, None)
+        mean, share = split_variance(output, x0) if self.learned_variance else (output, None)
         squares = (mean.float() - target.float()).square()
-        loss = squares.mean() if self.weight.is_simple else self._weighted(squares, t)
-        if variance is None:
+        loss = squares.mean() if self.weight.is_simple else self._weighted(squares, t).mean()
+        if share is None:
             return loss
         skip, out = Parameterisation(self.predicts).estimate_of(
-            *(_column(f(t), x0) for f in (self.process.alpha, self.process.sigma))
+            *(column(f(t), x0) for f in (self.process.alpha, self.process.sigma))
         )
         estimate = skip.to(x0).float() * x_t.float() + out.to(x0).float() * mean.detach().float()
-        bound = bound_term(self.process, x0, estimate, variance.float(), t)
-        return loss + VARIANCE_SHARE * (bound / self.times.probability(t).to(bound)).mean()
+        bound = bound_term(self.process, x0, estimate, share, t)
+        probability = column(self.times.probability(t), bound).to(bound)
+        return loss + VARIANCE_SHARE * (bound / probability).mean()
 
     def per_image(
         self, network: nn.Module, x0: Tensor, noise: Tensor, t: Tensor, **conditions: Any
@@ -96,11 +98,12 @@ class Objective:
             network, self.process, x0, noise, t, self.predicts, conditions, self.learned_variance
         )
         mean = output[:, : x0.shape[1]]
-        squares = (mean.float() - target.float()).square().flatten(1).mean(1)
-        return squares * self.weight.on_output(t).to(squares)
+        return self._weighted((mean.float() - target.float()).square(), t)
 
     def _weighted(self, squares: Tensor, t: Tensor) -> Tensor:
-        return (squares.flatten(1).mean(1) * self.weight.on_output(t).to(squares)).mean()
+        """The loss of each image, shape (B,), of the squared errors of its pixels."""
+        each = squares.flatten(1).mean(1)
+        return each * column(self.weight.on_output(t), each).to(each)
 
 
 def prediction_loss(
@@ -146,9 +149,9 @@ def _output_and_target(
     learned_variance: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The network's output, what it should have been, and the noised images."""
-    alpha, sigma = (_column(f(t), x0) for f in (process.alpha, process.sigma))
+    alpha, sigma = (column(f(t), x0) for f in (process.alpha, process.sigma))
     x_t = alpha.to(x0) * x0 + sigma.to(x0) * noise
-    scale, time = Parameterisation(predicts).input_of(_column(t, x0), alpha, sigma)
+    scale, time = Parameterisation(predicts).input_of(column(t, x0), alpha, sigma)
     inputs = scale.to(x0) * x_t if isinstance(scale, Tensor) else x_t
     output = network(inputs, time.flatten().to(x0), **conditions)
     channels = x0.shape[1] * (2 if learned_variance else 1)
@@ -159,10 +162,6 @@ def _output_and_target(
             + (", half of them for the learned variance" if learned_variance else "")
         )
     return output, training_target(predicts, x0, noise, alpha, sigma), x_t
-
-
-def _column(values: Tensor, x0: Tensor) -> Tensor:
-    return values.reshape((-1,) + (1,) * (x0.ndim - 1))
 
 
 def pixelwise_loss(

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.special import log_ndtr
 
+from fewstep.denoisers import variance_share
 from fewstep.process import Process
+from fewstep.training.columns import column
 
 BIN = 1 / 255
 """Half the distance of two neighbouring bytes on [-1, 1]."""
@@ -52,8 +54,8 @@ def decoder_loss(x0: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
 
 
 def split_variance(output: Tensor, x0: Tensor) -> tuple[Tensor, Tensor]:
-    """The two halves of a learned-variance network's channels: prediction, and where the variance lies."""
-    return output[:, : x0.shape[1]], output[:, x0.shape[1] :]
+    """What a learned-variance network predicts, and where its variance lies, as a share in float32."""
+    return output[:, : x0.shape[1]], variance_share(output[:, x0.shape[1] :].float())
 
 
 def log_variances(process: Process, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,40 +77,35 @@ def log_variances(process: Process, t: Tensor) -> tuple[Tensor, Tensor]:
     return small, large
 
 
-def learned_log_variance(process: Process, variance: Tensor, t: Tensor) -> Tensor:
-    """Return `v log beta + (1 - v) log beta~` with v = (variance + 1) / 2, so that -1..1 spans the two.
+def learned_log_variance(process: Process, share: Tensor, t: Tensor) -> Tensor:
+    """Return `v log beta + (1 - v) log beta~` for a share v.
 
     Args:
         process: A process on a table.
-        variance: Second half of the network's output, shape (B, C, H, W).
+        share: Of the network, see `fewstep.denoisers.variance_share`, shape (B, C, H, W).
         t: Entries of the table, float64, shape (B,).
 
     Source: Nichol, Dhariwal 2021, arXiv:2102.09672, equation 15.
     """
-    column = (-1,) + (1,) * (variance.ndim - 1)
-    small, large = (value.reshape(column).to(variance) for value in log_variances(process, t))
-    share = (variance + 1) / 2
+    small, large = (column(value, share).to(share) for value in log_variances(process, t))
     return share * large + (1 - share) * small
 
 
-def bound_term(
-    process: Process, x0: Tensor, estimate: Tensor, variance: Tensor, t: Tensor
-) -> Tensor:
+def bound_term(process: Process, x0: Tensor, estimate: Tensor, share: Tensor, t: Tensor) -> Tensor:
     """Return L_t of the variational bound with a learned variance, in nats per pixel, shape (B,).
 
     For t > 0 the divergence of the true reverse step `q(x_s | x_t, x_0)` from the learnt one, s = t - 1; both are
     normal, and their means differ by `on_x0 (x_0 - D)`. For t = 0 the loss of the decoder.
     """
-    column = (-1,) + (1,) * (x0.ndim - 1)
-    learnt = learned_log_variance(process, variance, t)
-    small, _ = (value.reshape(column).to(x0) for value in log_variances(process, t))
+    learnt = learned_log_variance(process, share, t)
+    small, _ = (column(value, x0).to(x0) for value in log_variances(process, t))
     before = (t - 1).clamp(min=0)
     on_x0 = process.alpha(before) * -torch.expm1(
         2 * (process.log_snr(t) - process.log_snr(before))
     )
-    shift = on_x0.reshape(column).to(x0) * (x0 - estimate)
+    shift = column(on_x0, x0).to(x0) * (x0 - estimate)
     divergence = gaussian_divergence(shift, small, torch.zeros_like(shift), learnt)
-    first = (t == 0).reshape(column).to(x0.device)
+    first = column(t == 0, x0)
     return (
         torch.where(first, decoder_loss(x0, estimate, learnt / 2), divergence).flatten(1).mean(1)
     )
