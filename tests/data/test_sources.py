@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import signal
@@ -312,6 +313,20 @@ def test_a_waiting_process_takes_over_from_one_that_dies(
 
     images = load_images(data, cache=tmp_path / "cache", on_progress=kill_once_it_waits)
     assert values(images) == [0, 1, 2] and any(what.startswith("waiting") for what in told)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize("kind", ["system", "folder"])
+def test_without_locks_caches_are_made_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    without = {"system": None, "folder": SimpleNamespace(flock=refuse, LOCK_EX=2, LOCK_NB=4)}
+    monkeypatch.setattr("fewstep.data.cache.fcntl", without[kind])
+    data = put(tmp_path / "data", {f"{k}.png": png(k) for k in range(3)})
+    assert values(load_images(data, cache=tmp_path / "cache")) == [0, 1, 2]
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 

@@ -270,6 +270,9 @@ def _only_maker(lock: Path, on_progress: OnProgress | None) -> Iterator[bool]:
     Yields:
         Whether that is sure; False where the system or the folder knows no locks.
     """
+    if fcntl is None:
+        yield False
+        return
     start = time.monotonic()
     while True:
         with lock.open("a") as file:
@@ -289,9 +292,8 @@ def _only_maker(lock: Path, on_progress: OnProgress | None) -> Iterator[bool]:
 
 
 def _hold(file: int, path: Path) -> bool | None:
-    """Try to lock a file; None if there are no locks. Who held it last has removed it, so look whether it is there."""
-    if fcntl is None:
-        return None
+    """Try to lock a file; None: its folder knows no locks. Who held it last has removed it, so look if it is there."""
+    assert fcntl is not None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
