@@ -99,6 +99,14 @@ class Case:
     bfloat16: bool
     channels_last: bool
     task: str
+    device: str = "cpu"
+    batch: int | None = None
+    compiled: bool = False
+
+    @property
+    def images(self) -> int:
+        """The batch: that of the size, if there is no other."""
+        return self.batch or SIZES[self.size].batch
 
 
 class Subject:
@@ -109,11 +117,14 @@ class Subject:
         size = SIZES[case.size]
         order = torch.channels_last if case.channels_last else torch.contiguous_format
         self.case = case
-        self.network = build(case.code, size).to(memory_format=order)  # pyright: ignore[reportCallIssue]
-        self.network.train(case.task == "train")
-        self.x = torch.randn(size.batch, 3, EDGE, EDGE).to(memory_format=order)
+        network = build(case.code, size).train(case.task == "train")
+        self.network = network.to(case.device, memory_format=order)  # pyright: ignore[reportCallIssue]
+        if case.compiled:
+            self.network.compile()
+        x = torch.randn(case.images, 3, EDGE, EDGE)
+        self.x = x.to(case.device, memory_format=order)
         self.noise = torch.randn_like(self.x)
-        self.t = torch.randint(0, 1000, (size.batch,))
+        self.t = torch.randint(0, 1000, (case.images,), device=case.device)
         if case.task == "train":
             self.run = self._our_training() if case.code == OURS else self._their_training()
         else:
@@ -121,7 +132,7 @@ class Subject:
             self.run = self._forward_in_parts if in_parts else self._forward
 
     def _output(self, x: Tensor, t: Tensor) -> Tensor:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.case.bfloat16):
+        with torch.autocast(self.case.device, dtype=torch.bfloat16, enabled=self.case.bfloat16):
             found = self.network(x, t)
             return found.sample if self.case.code == DIFFUSERS else found
 
@@ -143,9 +154,11 @@ class Subject:
         from fewstep.training.gradients import Gradients
         from fewstep.training.state import TrainingState
 
-        config = TrainingConfig(data="mnist-1000", parts=torch.get_num_threads())
+        case = self.case
+        parts = torch.get_num_threads() if case.device == "cpu" and not case.compiled else 1
+        config = TrainingConfig(data="mnist-1000", parts=parts)
         objective, state = config.objective(), TrainingState(self.network, config)
-        batch = Batch(self.x, self.noise, self.t.double(), None)
+        batch = Batch(self.x, self.noise, self.t.double().cpu(), None)
 
         def loss(part: Batch) -> Tensor:
             return objective(self._output, part.x0, part.noise, part.t)
@@ -213,8 +226,7 @@ class Runner:
         self.pipe.send("end")
         parameters, memory = self.pipe.recv()
         self.process.join()
-        batch = SIZES[self.case.size].batch
-        return Measured(batch / statistics.median(self.times), parameters, memory)
+        return Measured(self.case.images / statistics.median(self.times), parameters, memory)
 
 
 def contest(size: str, bfloat16: bool, task: str, rounds: int) -> dict[str, Measured]:
