@@ -7,8 +7,10 @@ anything and accelerate is not imported.
 
 from __future__ import annotations
 
+import datetime
 import functools
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +22,12 @@ from torch import Tensor
 from fewstep.errors import InvalidInputError, WorkerError
 
 Result = TypeVar("Result")
+
+PATIENCE = datetime.timedelta(days=1)
+"""How long workers wait for one that decodes images or draws samples; that one has ended they notice at once."""
+
+LAST_WORD = 1.0
+"""Seconds that others leave to a worker that failed: a launcher ends all of them once the first has ended."""
 
 
 @dataclass(frozen=True)
@@ -148,8 +156,25 @@ class Group(Team):
         Raises:
             WorkerError: On the others, if the action failed; the main worker raises the error itself.
         """
-        failure, result = None, instead
-        if self.is_main:
+        return self._some_do(self.is_main, action, lambda: instead)
+
+    def first_on_machine(self, action: Callable[[], Result]) -> Result:
+        """Let the first worker of each machine do something, and then the others: what it left on disk they find.
+
+        Args:
+            action: Called on every worker.
+
+        Raises:
+            WorkerError: The action failed on a first worker, which raises the error itself.
+        """
+        return self._some_do(self.local_rank == 0, action, action)
+
+    def _some_do(
+        self, now: bool, action: Callable[[], Result], instead: Callable[[], Result]
+    ) -> Result:
+        """Let some workers do something while the others wait; these go on with another thing."""
+        failure, result = None, None
+        if now:
             try:
                 result = action()
             except Exception as error:
@@ -158,8 +183,9 @@ class Group(Team):
         if failure is not None:
             raise failure
         if failed:
-            raise WorkerError("the main worker could not go on; its message says why")
-        return result
+            time.sleep(LAST_WORD)
+            raise WorkerError("another worker could not go on; its message says why")
+        return result if now else instead()  # pyright: ignore[reportReturnType]
 
     def _agreed(self, number: int, operation: Any) -> int:
         told = torch.tensor(number)
@@ -189,6 +215,7 @@ def join(device: str | torch.device | None = None) -> Group:
         ) from error
     with _meeting():
         state = PartialState(cpu=torch.device(device or "cpu").type == "cpu")
+        _processors()  # now, for all are here: whoever came later than some minutes would not be waited for
         return Group(state.process_index, state.num_processes, state.local_process_index)
 
 
@@ -201,10 +228,11 @@ def leave() -> None:
 
 @functools.cache
 def _processors() -> Any:
-    """The group in which processors meet; beside that of the accelerators, which would have to be waited for."""
-    if torch.distributed.get_backend() == "gloo":
-        return None
-    return torch.distributed.new_group(backend="gloo")
+    """The group in which processors meet, and in which they wait for each other for long.
+
+    It is one beside the group of the gradients, in which accelerators would have to be waited for.
+    """
+    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
 
 @contextmanager

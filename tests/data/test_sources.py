@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
+import signal
 import tarfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import fewstep.data.cache
 import fewstep.data.reading as reading
 from fewstep.data import ImageSet, check_images, load_images, write_npz
 from fewstep.data.cache import ABANDONED_SECONDS, PIXELS
@@ -182,8 +187,9 @@ def test_cache_is_made_once_and_anew_when_files_change(
     put(data, {"a/1.txt": "one", "b/broken.png": "nothing"})
     plain = load_images(data, cache="off")
     made = load_images(data, cache=tmp_path / "cache")
-    for name in ("class_names", "captions", "skipped", "source", "digest"):
+    for name in ("class_names", "skipped", "source", "digest"):
         assert getattr(made, name) == getattr(plain, name), name
+    assert list(made.captions) == list(plain.captions) == [None, "one", *[None] * 6]
     assert torch.equal(made.images, plain.images) and labels(made) == labels(plain)
     (place,) = (tmp_path / "cache").iterdir()
     np.testing.assert_array_equal(np.load(place / PIXELS), plain.images.numpy())
@@ -216,21 +222,122 @@ def test_a_killed_build_leaves_nothing_that_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = put(tmp_path / "data", {f"{k}.png": png(k) for k in range(3)})
+    others = put(tmp_path / "others", {"1.png": png(1)})
     cache = tmp_path / "cache"
     with monkeypatch.context() as patch:
         patch.setattr("fewstep.data.cache._rename_over", lambda *_: os._exit(0))
-        if (child := os.fork()) == 0:
-            load_images(data, cache=cache)
-        os.waitpid(child, 0)
-    (left,) = cache.iterdir()
-    assert left.name.endswith(".tmp")
+        for source in (data, others):
+            if (child := os.fork()) == 0:
+                load_images(source, cache=cache)
+            os.waitpid(child, 0)
+    left, of_others = sorted(cache.glob(".*.tmp"), key=lambda p: (p / PIXELS).stat().st_size)[::-1]
     assert values(load_images(data, cache=cache)) == [0, 1, 2]
-    assert len(list(cache.iterdir())) == 2  # the builder may still be alive
-    for path in (*left.iterdir(), left):
+    assert not left.exists()  # nobody but this process can have been at it
+    assert of_others.exists()  # its maker may still be alive
+    for path in (*of_others.iterdir(), of_others):
         os.utime(path, (time.time() - 2 * ABANDONED_SECONDS,) * 2)
     put(data, {"3.png": png(3)})
     assert values(load_images(data, cache=cache)) == [0, 1, 2, 3]
-    assert len(list(cache.iterdir())) == 1 and not left.exists()
+    assert not of_others.exists()
+
+
+def test_an_interrupted_build_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = put(tmp_path / "data", {f"{k}.png": png(k) for k in range(3)})
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fewstep.data.cache._rename_over", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        load_images(data, cache=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_one_process_makes_a_cache_and_the_others_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = put(tmp_path / "data", {f"{k}.png": png(k) for k in range(3)})
+    cache, seen = tmp_path / "cache", tmp_path / "seen"
+    monkeypatch.setattr("fewstep.data.cache.WAITING_SECONDS", 0.02)
+    decode = fewstep.data.cache.decode
+
+    def slow(*arguments: Any) -> Any:
+        with seen.open("a") as file:
+            file.write("decoding\n")
+        time.sleep(0.3)
+        return decode(*arguments)
+
+    monkeypatch.setattr("fewstep.data.cache.decode", slow)
+    children, waited = [], list[str]()
+    for _ in range(4):
+        if (child := os.fork()) == 0:
+            waited.clear()
+            images = load_images(
+                data, cache=cache, on_progress=lambda what, *_: waited.append(what)
+            )
+            os._exit(
+                10 * (values(images) == [0, 1, 2]) + any("waiting" in what for what in waited)
+            )
+        children.append(child)
+    ends = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert sorted(ends) == [10, 11, 11, 11]
+    assert seen.read_text() == "decoding\n"
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_waiting_process_takes_over_from_one_that_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = put(tmp_path / "data", {f"{k}.png": png(k) for k in range(3)})
+    monkeypatch.setattr("fewstep.data.cache.WAITING_SECONDS", 0.02)
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+
+        def hang(*_: object) -> None:
+            os.write(write, b"!")
+            time.sleep(60)
+            os._exit(1)
+
+        fewstep.data.cache.decode = hang  # pyright: ignore[reportAttributeAccessIssue]
+        load_images(data, cache=tmp_path / "cache")
+    assert os.read(read, 1) == b"!"
+    told: list[str] = []
+
+    def kill_once_it_waits(what: str, *_: object) -> None:
+        if what.startswith("waiting") and what not in told:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        told.append(what)
+
+    images = load_images(data, cache=tmp_path / "cache", on_progress=kill_once_it_waits)
+    assert values(images) == [0, 1, 2] and any(what.startswith("waiting") for what in told)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+@pytest.mark.parametrize("kind", ["system", "folder"])
+def test_without_locks_caches_are_made_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    without = {"system": None, "folder": SimpleNamespace(flock=refuse, LOCK_EX=2, LOCK_NB=4)}
+    monkeypatch.setattr("fewstep.data.cache.fcntl", without[kind])
+    data = put(tmp_path / "data", {f"{k}.png": png(k) for k in range(3)})
+    assert values(load_images(data, cache=tmp_path / "cache")) == [0, 1, 2]
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_cache_for_which_there_is_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = put(tmp_path / "data", {f"{k}.png": png(k) for k in range(3)})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=3 * 8 * 8 * 3 - 1))
+    with pytest.raises(DataError, match="3 decoded images.*room"):
+        load_images(data, size=8, channels=3, cache=tmp_path / "cache")
+    assert len(load_images(data, size=8, channels=1, cache=tmp_path / "cache")) == 3
 
 
 def test_only_large_sets_are_cached_by_themselves(

@@ -68,19 +68,19 @@ def image_set(count: int = 300) -> ImageSet:
     return ImageSet(pixels.byte())
 
 
-def test_neighbours_are_those_of_brute_force(monkeypatch):
+@pytest.mark.parametrize("kept", [range(300), range(5, 300, 3)])
+def test_neighbours_are_those_of_brute_force(monkeypatch, kept):
     images = image_set()
     # Small chunks, so that the best have to be carried along.
-    monkeypatch.setattr(ImageSet.chunks, "__defaults__", (48 * 7,))
-    chunks = ImageSet.chunks
-    monkeypatch.setattr(ImageSet, "chunks", lambda self, size=0: chunks(self, 48 * 7))
+    monkeypatch.setattr("fewstep.metrics.neighbours.CHUNK_BYTES", 48 * 7)
     samples = torch.rand(20, 3, 4, 4, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    found = nearest_images(samples, images)
-    x = images.batch(range(300))[0].flatten(1).double().numpy()
+    rows = None if len(kept) == 300 else torch.tensor(kept)
+    found = nearest_images(samples, images, rows)
+    x = images.batch(kept)[0].flatten(1).double().numpy()
     q = samples.flatten(1).double().numpy()
     distances = np.sqrt(((q[:, None] - x[None]) ** 2).mean(-1))
     order = distances.argsort(1)[:, :2]
-    np.testing.assert_array_equal(found.indices, order)
+    np.testing.assert_array_equal(found.indices, np.array(kept)[order])
     np.testing.assert_allclose(found.distances, np.take_along_axis(distances, order, 1), rtol=1e-6)
     own = np.sqrt(((x[:, None] - x[None]) ** 2).mean(-1))
     np.fill_diagonal(own, math.inf)

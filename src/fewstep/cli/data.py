@@ -9,7 +9,7 @@ from typing import Annotated
 import torch
 import typer
 
-from fewstep.cli.loading import load_with_progress, report_skipped
+from fewstep.cli.loading import load_with_progress, progress_lines, report_skipped
 from fewstep.data import (
     ImageSet,
     check_images,
@@ -62,7 +62,7 @@ def data(
     )
     for line in _description(images):
         typer.echo(line)
-    findings = check_images(images)
+    findings = check_images(images, progress_lines())
     for finding in findings:
         typer.echo(f"{finding.severity.capitalize()}: {finding.message}")
     report_skipped(images)
@@ -89,14 +89,11 @@ def _description(images: ImageSet) -> Iterator[str]:
         yield f"{images.num_classes} classes: {named}{more}"
     else:
         yield "no classes"
-    captions = [caption for caption in images.captions if caption]
-    if captions:
-        first = (
-            captions[0]
-            if len(captions[0]) <= CAPTION_LENGTH
-            else captions[0][:CAPTION_LENGTH] + "..."
-        )
-        yield f"{len(captions)} captions, such as {first!r}"
+    count = sum(caption is not None for caption in images.captions)
+    if count:
+        first = next(caption for caption in images.captions if caption is not None)
+        shown = first if len(first) <= CAPTION_LENGTH else first[:CAPTION_LENGTH] + "..."
+        yield f"{count} captions, such as {shown!r}"
 
 
 def _write(path: Path, images: ImageSet) -> None:

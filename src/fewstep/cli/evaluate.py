@@ -26,7 +26,7 @@ from fewstep.models import Model, load
 from fewstep.sampling import sample
 from fewstep.training.bound import variational_bound
 from fewstep.training.held_out import split_rows
-from fewstep.training.measuring import Ruler
+from fewstep.training.measuring import REFERENCE_IMAGES, Ruler
 
 BOUND_LEVELS = 20
 """Levels that the variational bound is estimated from."""
@@ -55,7 +55,9 @@ def evaluate(
     require_folder(out)
     trained = load(model, device=device, weights=weights)
     images = _load(trained, data)
-    seen, unseen = _sets(trained, images, None if held_out is None else _load(trained, held_out))
+    others = None if held_out is None else _load(trained, held_out)
+    rows, unseen = _sets(trained, images, others, max(n, REFERENCE_IMAGES))
+    seen = images if rows is None else _some(images, rows, max(n, REFERENCE_IMAGES))
     count = min(n, len(seen), len(unseen) if unseen is not None else n)
     if count < 2:
         raise InvalidInputError(
@@ -74,7 +76,7 @@ def evaluate(
     samples = sample(
         trained, n, steps=steps, seed=seed, labels=_sample_labels(trained, seen, n)
     ).images.clamp(-1, 1)
-    found = nearest_images(samples, seen)
+    found = nearest_images(samples, images, rows)
     record: dict[str, Any] = {
         "model": trained.name,
         "data": images.source,
@@ -96,7 +98,7 @@ def evaluate(
         f"distance between training images; median ratio {found.ratios.median():.2f}"
     )
     if unseen is not None:
-        real = nearest_images(unseen.batch(evenly(len(unseen), count))[0], seen)
+        real = nearest_images(unseen.batch(evenly(len(unseen), count))[0], images, rows)
         record["copies"]["share of held-out images"] = real.copies
         record["copies"]["median ratio of held-out images"] = real.ratios.median().item()
         typer.echo(
@@ -113,7 +115,7 @@ def evaluate(
         f"Fréchet distance to the training images in {ruler.name} features: {distances['samples']:.3g} of {n} samples, "
         f"{distances['real images']:.3g} of {count} {'training' if unseen is None else 'held-out'} images"
     )
-    save_image(out / "neighbours.png", found.sheet(seen), {"model": trained.name, "seed": seed})
+    save_image(out / "neighbours.png", found.sheet(images), {"model": trained.name, "seed": seed})
     save_json(out / "evaluation.json", _without_nan(record))
     typer.echo(f"Written: {out / 'evaluation.json'}, {out / 'neighbours.png'}")
 
@@ -132,16 +134,21 @@ def _load(model: Model, source: str) -> ImageSet:
 
 
 def _sets(
-    model: Model, images: ImageSet, others: ImageSet | None
-) -> tuple[ImageSet, ImageSet | None]:
-    """The images trained on, and others: those given, or those that the run kept away from training."""
+    model: Model, images: ImageSet, others: ImageSet | None, most: int
+) -> tuple[Tensor | None, ImageSet | None]:
+    """The numbers of the images trained on, None for all, and others: those given, or at most so many kept away."""
     settings: Mapping[str, Any] = model.config.training.get("settings", {})
     share = settings.get("held_out", 0.0)
     same = model.config.training.get("data", {}).get("digest") == images.digest
     if others is not None or not share or not same:
-        return images, others
+        return None, others
     seen, unseen = split_rows(len(images), share, settings.get("seed", 0))
-    return images.subset(seen), images.subset(unseen)
+    return seen, _some(images, unseen, most)
+
+
+def _some(images: ImageSet, rows: Tensor, most: int) -> ImageSet:
+    """At most so many of the images with these numbers, spread evenly; they alone are copied into memory."""
+    return images.subset(rows[evenly(len(rows), min(most, len(rows)))])
 
 
 def _errors(model: Model, images: ImageSet, count: int, levels: int, seed: int) -> list[LevelLoss]:

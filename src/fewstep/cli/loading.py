@@ -9,7 +9,7 @@ from typing import Any
 import typer
 
 from fewstep.cli.launched import Seldom
-from fewstep.data import ImageSet, load_images
+from fewstep.data import ImageSet, OnProgress, load_images
 from fewstep.errors import DataError
 
 QUIET_SECONDS = 3.0
@@ -19,6 +19,11 @@ SKIPPED_FILE = "skipped.txt"
 
 def load_with_progress(source: str, **options: Any) -> ImageSet:
     """Call `load_images`; on standard error, say every few seconds how far it is."""
+    return load_images(source, on_progress=progress_lines(), **options)
+
+
+def progress_lines() -> OnProgress:
+    """Return what says on standard error every few seconds how far a long task is."""
     due = Seldom(QUIET_SECONDS)
 
     def say(what: str, done: int, total: int | None) -> None:
@@ -27,7 +32,7 @@ def load_with_progress(source: str, **options: Any) -> ImageSet:
             typer.echo(f"{what}: {done}{share}", err=True)
             sys.stderr.flush()
 
-    return load_images(source, on_progress=say, **options)
+    return say
 
 
 def report_skipped(images: ImageSet, folder: Path | None = None) -> None:

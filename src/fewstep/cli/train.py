@@ -21,7 +21,7 @@ from fewstep.cli.launched import (
     main_speaks,
     stop_on_signal,
 )
-from fewstep.cli.loading import load_with_progress, report_skipped
+from fewstep.cli.loading import progress_lines, report_skipped
 from fewstep.cli.reading import json_object
 from fewstep.team import Team, leave
 from fewstep.training.config import TrainingConfig
@@ -123,10 +123,16 @@ def _train(
     from fewstep.training import Trainer
 
     for_a_run(out, config.data)
-    images = load_with_progress(config.data, **config.loading())
-    trainer = Trainer(config, out, images=images, device=device, resume=not overfit, force=force)
+    trainer = Trainer(
+        config,
+        out,
+        device=device,
+        resume=not overfit,
+        force=force,
+        on_progress=progress_lines(),
+    )
     _introduce(trainer)
-    report_skipped(images, out if trainer.group.is_main and not overfit else None)
+    report_skipped(trainer.images, out if trainer.group.is_main and not overfit else None)
     if overfit:
         _try_one_batch(trainer, min(config.steps, OVERFIT_STEPS))
         return False

@@ -15,10 +15,12 @@ from fewstep.data.pictures import (
     to_uint8,
 )
 from fewstep.data.reading import load_images
+from fewstep.data.sources import OnProgress
 
 __all__ = [
     "Finding",
     "ImageSet",
+    "OnProgress",
     "cache_dir",
     "check_images",
     "evenly",

@@ -9,7 +9,8 @@ import shutil
 import time
 import uuid
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,6 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+from fewstep.data.captions import Captions
 from fewstep.data.decoding import Decoded, decode
 from fewstep.data.files import cache_dir
 from fewstep.data.image_set import ImageSet
@@ -31,8 +38,11 @@ LARGE_BYTES = 2**28
 COMPRESSION = 8
 """About how many times more bytes pictures have once they are decoded."""
 
-PIXELS, FACTS = "pixels.npy", "set.json"
+PIXELS, LABELS, FACTS = "pixels.npy", "labels.npy", "set.json"
+CAPTIONS, CAPTION_ENDS = "captions.npy", "caption_ends.npy"
 ABANDONED_SECONDS = 3600.0
+WAITING_SECONDS = 0.5
+"""Between two looks at whether another process has made the cache."""
 
 
 def cached(
@@ -43,8 +53,9 @@ def cached(
 ) -> ImageSet:
     """Return the decoded images of a source from a cache, which is made if it is missing or out of date.
 
-    A cache is a folder with ``pixels.npy`` and ``set.json``, which appears as a whole once it is complete. The
-    images of the set are a read-only view of the file: what is not used takes no memory.
+    A cache is a folder that appears as a whole once it is complete. The images of the set are a
+    read-only view of its file: what is not used takes no memory. Of several processes that need the
+    same cache one makes it, and the others wait.
 
     Args:
         source: The pictures.
@@ -56,21 +67,21 @@ def cached(
         DataError: If the folder cannot be written to, or the source cannot be used.
     """
     asked = {"source": str(source.root.resolve()), **request}
-    key = {**asked, "files": source.fingerprint(), "decoding": DECODING_VERSION}
+    key = {**asked, "files": source.fingerprint(on_progress), "decoding": DECODING_VERSION}
     name = hashlib.blake2b(json.dumps(asked, sort_keys=True).encode(), digest_size=8).hexdigest()
     place = folder / name
     found = _read(place, key, str(source.root))
     if found is not None:
         return found
-    temporary = folder / f".{name}-{uuid.uuid4().hex}.tmp"
     try:
-        temporary.mkdir(parents=True)
-        try:
-            _clear_abandoned(folder, name)
-            _build(temporary, source, key, on_progress)
-            _rename_over(temporary, place)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        with _only_maker(folder / f".{name}.lock", on_progress) as is_sure:
+            found = _read(place, key, str(source.root))
+            if found is not None:
+                return found
+            _clear_abandoned(folder, name if is_sure else None)
+            _require_space(folder, source, key)
+            _make(place, source, key, on_progress)
     except OSError as error:
         raise DataError(
             f"cannot write the cache of decoded images in {folder}: {error.strerror or error}; give "
@@ -100,7 +111,11 @@ def is_large(source: Source, size: int | None) -> bool:
 
 
 class _File:
-    """Images in a .npy file that grows; the header, which tells their number, is written last."""
+    """Images in a .npy file that grows; the header, which tells their number, is written last.
+
+    Attributes:
+        digest: Of all bytes of the images so far.
+    """
 
     HEADER = 128
 
@@ -108,12 +123,11 @@ class _File:
         self._path = path
         self._shape: tuple[int, ...] = ()
         self._count = 0
-        self._file: BinaryIO = path.open("xb")
-        self._file.write(bytes(self.HEADER))
+        self._open()
 
     def add(self, image: np.ndarray) -> None:
         self._shape = image.shape
-        self._file.write(image.tobytes())
+        self._write(image.tobytes())
         self._count += 1
 
     def widen(self) -> None:
@@ -123,12 +137,11 @@ class _File:
         grey = self._path.with_suffix(".grey")
         self._path.rename(grey)
         _, height, width = self._shape
-        self._file = self._path.open("xb")
-        self._file.write(bytes(self.HEADER))
+        self._open()
         with grey.open("rb") as file:
             file.seek(self.HEADER)
             for _ in range(self._count):
-                self._file.write(3 * file.read(height * width))
+                self._write(3 * file.read(height * width))
         grey.unlink()
 
     def close(self) -> None:
@@ -141,6 +154,28 @@ class _File:
         os.fsync(self._file.fileno())
         self._file.close()
 
+    def _open(self) -> None:
+        self.digest = hashlib.blake2b(digest_size=16)
+        self._file: BinaryIO = self._path.open("xb")
+        self._file.write(bytes(self.HEADER))
+
+    def _write(self, content: bytes) -> None:
+        self.digest.update(content)
+        self._file.write(content)
+
+
+def _make(
+    place: Path, source: Source, key: Mapping[str, Any], on_progress: OnProgress | None
+) -> None:
+    """Make a cache beside its place and put it there once it is complete; remove what was not completed."""
+    temporary = place.with_name(f".{place.name}-{uuid.uuid4().hex}.tmp")
+    temporary.mkdir()
+    try:
+        _build(temporary, source, key, on_progress)
+        _rename_over(temporary, place)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
 
 def _build(
     folder: Path, source: Source, key: Mapping[str, Any], on_progress: OnProgress | None
@@ -150,17 +185,21 @@ def _build(
         decoded = decode(source, store, key["size"], key["channels"], on_progress)
     finally:
         store.close()
-    images = _map(folder / PIXELS)
-    labels = None if decoded.labels is None else torch.from_numpy(decoded.labels)
+    if decoded.labels is not None:
+        np.save(folder / LABELS, decoded.labels)
+        store.digest.update(decoded.labels.tobytes())
+    if isinstance(decoded.captions, Captions):
+        np.save(folder / CAPTIONS, decoded.captions.text)
+        np.save(folder / CAPTION_ENDS, decoded.captions.ends)
     facts = {
         "key": dict(key),
-        "labels": None if decoded.labels is None else decoded.labels.tolist(),
+        "has_labels": decoded.labels is not None,
+        "has_captions": isinstance(decoded.captions, Captions),
         "class_names": decoded.class_names,
-        "captions": decoded.captions,
         "skipped": decoded.skipped,
         "enlarged": decoded.enlarged,
         "smallest": decoded.smallest,
-        "digest": ImageSet(images, labels).digest,
+        "digest": store.digest.hexdigest(),
     }
     with (folder / FACTS).open("x", encoding="utf-8") as file:
         json.dump(facts, file)
@@ -174,13 +213,12 @@ def _read(place: Path, key: Mapping[str, Any], source: str) -> ImageSet | None:
         facts = json.loads((place / FACTS).read_text(encoding="utf-8"))
         if facts["key"] != dict(key):
             return None
-        labels = facts["labels"]
         return image_set(
             _map(place / PIXELS),
             Decoded(
-                labels=None if labels is None else np.array(labels, np.int64),
+                labels=np.load(place / LABELS) if facts["has_labels"] else None,
                 class_names=tuple(facts["class_names"]),
-                captions=tuple(facts["captions"]),
+                captions=_captions(place) if facts["has_captions"] else (),
                 skipped=tuple((name, reason) for name, reason in facts["skipped"]),
                 enlarged=facts["enlarged"],
                 smallest=None if facts["smallest"] is None else tuple(facts["smallest"]),
@@ -209,6 +247,12 @@ def image_set(
     )
 
 
+def _captions(place: Path) -> Captions:
+    return Captions(
+        np.load(place / CAPTIONS, mmap_mode="r"), np.load(place / CAPTION_ENDS, mmap_mode="r")
+    )
+
+
 def _map(path: Path) -> Tensor:
     array = np.load(path, mmap_mode="r")
     with warnings.catch_warnings():
@@ -217,14 +261,82 @@ def _map(path: Path) -> Tensor:
         return torch.from_numpy(array)
 
 
-def _clear_abandoned(folder: Path, name: str) -> None:
-    """Remove what killed builders of this cache left; a living one has written within the hour."""
-    for left in folder.glob(f".{name}-*.tmp"):
+@contextmanager
+def _only_maker(lock: Path, on_progress: OnProgress | None) -> Iterator[bool]:
+    """Wait until no other process makes a cache, and let none do so within the block.
+
+    The system lets go of the lock of a process that is killed.
+
+    Yields:
+        Whether that is sure; False where the system or the folder knows no locks.
+    """
+    if fcntl is None:
+        yield False
+        return
+    start = time.monotonic()
+    while True:
+        with lock.open("a") as file:
+            held = _hold(file.fileno(), lock)
+            if held is not False:
+                try:
+                    yield held is True
+                finally:
+                    lock.unlink(missing_ok=True)
+                return
+        if on_progress is not None:
+            seconds = int(time.monotonic() - start)
+            on_progress(
+                "waiting for the process that decodes these images, seconds", seconds, None
+            )
+        time.sleep(WAITING_SECONDS)
+
+
+def _hold(file: int, path: Path) -> bool | None:
+    """Try to lock a file; None: its folder knows no locks. Who held it last has removed it, so look if it is there."""
+    assert fcntl is not None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    try:
+        return os.path.samestat(os.fstat(file), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def _require_space(folder: Path, source: Source, key: Mapping[str, Any]) -> None:
+    """Refuse to begin what the disk has no room for.
+
+    Raises:
+        DataError: The message tells how much is needed.
+    """
+    count, size = source.count(), key["size"]
+    if count is None or size is None:
+        return
+    needed, free = count * (key["channels"] or 1) * size**2, shutil.disk_usage(folder).free
+    if needed > free:
+        raise DataError(
+            f"the cache of {count} decoded images needs {needed / 2**30:.1f} GiB, and the disk of {folder} has "
+            f"{free / 2**30:.1f} GiB left; make room, give a folder on another disk (--cache FOLDER), or a smaller size"
+        )
+
+
+def _clear_abandoned(folder: Path, name: str | None) -> None:
+    """Remove what killed makers of caches left; a living one has written within the hour.
+
+    Args:
+        folder: Where caches are kept.
+        name: The cache that certainly no other process makes, if any: of this one everything goes at once.
+    """
+    for left in folder.glob(".*.tmp"):
         try:
             changed = max(path.stat().st_mtime for path in (left, *left.iterdir()))
         except OSError:
             continue
-        if time.time() - changed > ABANDONED_SECONDS:
+        dead = name is not None and left.name.startswith(f".{name}-")
+        if dead or time.time() - changed > ABANDONED_SECONDS:
             shutil.rmtree(left, ignore_errors=True)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from fewstep.data.image_set import ImageSet
+from fewstep.data.sources import OnProgress
 
 FEW_IMAGES = 500
 SMALLEST_EDGE = 8
@@ -25,11 +26,12 @@ class Finding:
     message: str
 
 
-def check_images(image_set: ImageSet) -> list[Finding]:
+def check_images(image_set: ImageSet, on_progress: OnProgress | None = None) -> list[Finding]:
     """Check images and labels before training.
 
     Args:
         image_set: What is about to be trained on.
+        on_progress: Called now and then as ``on_progress(what, done, total)``.
 
     Returns:
         The findings, errors first; an empty list if there is nothing to say.
@@ -40,7 +42,7 @@ def check_images(image_set: ImageSet) -> list[Finding]:
     findings = [
         *_check_count(image_set),
         *_check_shape(image_set),
-        *_check_values(image_set),
+        *_check_values(image_set, on_progress),
         *_check_labels(image_set),
         *_check_captions(image_set),
         *_check_enlarged(image_set),
@@ -86,7 +88,7 @@ class _Values:
     highs: np.ndarray
 
     @classmethod
-    def of(cls, image_set: ImageSet) -> _Values:
+    def of(cls, image_set: ImageSet, on_progress: OnProgress | None) -> _Values:
         count = len(image_set)
         values = cls(
             np.empty(count, np.uint64), np.empty(count, np.uint8), np.empty(count, np.uint8)
@@ -94,6 +96,8 @@ class _Values:
         for start, chunk in image_set.chunks():
             pixels = chunk.cpu().reshape(len(chunk), -1).numpy()
             rows = slice(start, start + len(chunk))
+            if on_progress is not None:
+                on_progress("checking images", start, count)
             values.lows[rows], values.highs[rows] = pixels.min(1), pixels.max(1)
             values.digests[rows] = np.frombuffer(
                 b"".join(
@@ -105,10 +109,10 @@ class _Values:
         return values
 
 
-def _check_values(image_set: ImageSet) -> Iterator[Finding]:
+def _check_values(image_set: ImageSet, on_progress: OnProgress | None) -> Iterator[Finding]:
     if image_set.images.numel() == 0:
         return
-    values = _Values.of(image_set)
+    values = _Values.of(image_set, on_progress)
     _, frequencies = np.unique(values.digests, return_counts=True)
     total, different = len(image_set), len(frequencies)
     if total > 1 and different == 1:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
@@ -14,6 +14,7 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
+from fewstep.data.captions import CaptionList
 from fewstep.data.fitting import to_pixels
 from fewstep.data.sources import OnProgress, Picture, Source, order_classes
 from fewstep.errors import DataError
@@ -86,7 +87,7 @@ class Decoded:
 
     labels: np.ndarray | None = None
     class_names: tuple[str, ...] = ()
-    captions: tuple[str | None, ...] = ()
+    captions: Sequence[str | None] = ()
     skipped: tuple[tuple[str, str], ...] = ()
     enlarged: int = 0
     smallest: tuple[int, int] | None = None
@@ -144,7 +145,7 @@ class _Notes:
     kept: int = 0
     skipped: list[tuple[str, str]] = field(default_factory=list)
     labels: list[str | None] = field(default_factory=list)
-    captions: list[str | None] = field(default_factory=list)
+    captions: CaptionList = field(default_factory=CaptionList)
     seen: set[str] = field(default_factory=set)
     unlabelled: str | None = None
     enlarged: int = 0
@@ -153,9 +154,9 @@ class _Notes:
 
     def keep(self, picture: Picture, original: tuple[int, int], size: int | None) -> None:
         self._see(picture)
-        # Each class name and each repeated caption is held once.
-        self.labels.append(self._one(picture.label))
-        self.captions.append(self._one(picture.caption))
+        label = picture.label  # each class name is held once
+        self.labels.append(None if label is None else self._same.setdefault(label, label))
+        self.captions.append(picture.caption)
         self.kept += 1
         if size is not None and min(original) < size:
             self.enlarged += 1
@@ -183,7 +184,7 @@ class _Notes:
         return Decoded(
             labels=labels,
             class_names=names,
-            captions=tuple(self.captions) if any(self.captions) else (),
+            captions=self.captions.captions(),
             skipped=tuple(self.skipped),
             enlarged=self.enlarged,
             smallest=self.smallest,
@@ -194,9 +195,6 @@ class _Notes:
             self.seen.add(picture.label)
         elif self.unlabelled is None:
             self.unlabelled = picture.name
-
-    def _one(self, text: str | None) -> str | None:
-        return None if text is None else self._same.setdefault(text, text)
 
 
 @dataclass(frozen=True)

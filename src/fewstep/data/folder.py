@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 
 from fewstep.data.label_file import LabelFile
 from fewstep.data.sources import (
+    PROGRESS_EVERY,
     SPLIT_FOLDERS,
     SUFFIXES,
+    Names,
     OnProgress,
     Picture,
     is_hidden,
@@ -20,7 +23,6 @@ from fewstep.data.sources import (
 from fewstep.errors import DataError
 
 LABEL_FILES = ("labels.csv", "metadata.csv")
-PROGRESS_EVERY = 10_000
 
 
 class NoPicturesError(DataError):
@@ -49,15 +51,13 @@ class Folder:
         self, root: Path, labels: Path | None = None, on_progress: OnProgress | None = None
     ) -> None:
         self.root = root
-        self._names: list[str] = []
-        self._captioned: set[str] = set()
-        for name in _files(str(root), "", ()):
-            if is_picture(name):
-                self._names.append(name)
-                if on_progress is not None and len(self._names) % PROGRESS_EVERY == 0:
-                    on_progress("finding images", len(self._names), None)
-            elif name.lower().endswith(".txt"):
-                self._captioned.add(stem_of(name))
+        self._names = Names()
+        self._captioned = bytearray()  # for each name, whether it has a caption beside it
+        for name, captioned in _pictures(str(root), "", ()):
+            self._names.append(name)
+            self._captioned.append(captioned)
+            if on_progress is not None and len(self._names) % PROGRESS_EVERY == 0:
+                on_progress("finding images", len(self._names), None)
         if not self._names:
             raise NoPicturesError(
                 f"no images in {root}; put files there that end in {', '.join(SUFFIXES)}, directly or "
@@ -66,7 +66,7 @@ class Folder:
         if labels is None:
             found = [root / name for name in LABEL_FILES if (root / name).is_file()]
             labels = found[0] if found else None
-        self._table = None if labels is None else LabelFile(labels)
+        self._table = None if labels is None else LabelFile(labels, on_progress)
         if self._table is not None:
             self._table.require_match(self._names, str(root))
 
@@ -76,17 +76,20 @@ class Folder:
 
     def content_bytes(self) -> int:
         """Return the bytes of all pictures, reckoned from at most 1000 of them."""
-        some = self._names[:: max(1, len(self._names) // 1000)]
+        some = islice(self._names, 0, None, max(1, len(self._names) // 1000))
         sizes = [os.stat(self.root / name).st_size for name in some]
         return sum(sizes) * len(self._names) // len(sizes)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, on_progress: OnProgress | None = None) -> str:
         """Return a digest of the names, sizes and times of change of all files."""
         digest = hashlib.blake2b(digest_size=16)
-        for name in self._names:
+        total = len(self._names)
+        for done, (name, captioned) in enumerate(zip(self._names, self._captioned, strict=True)):
             _add_state(digest, f"{self.root}/{name}", name)
-        for stem in sorted(self._captioned):
-            _add_state(digest, f"{self.root}/{stem}.txt", stem)
+            if captioned:
+                _add_state(digest, f"{self.root}/{stem_of(name)}.txt", "caption")
+            if on_progress is not None and done % PROGRESS_EVERY == 0:
+                on_progress("looking for changed files", done, total)
         if self._table is not None:
             _add_state(digest, str(self._table.path), "labels")
         return digest.hexdigest()
@@ -94,13 +97,13 @@ class Folder:
     def pictures(self) -> Iterator[Picture]:
         """Yield every picture, in the order of the names."""
         table = self._table
-        for name in self._names:
-            row = table.rows[name] if table is not None else None
-            label = row.label if row is not None and row.label is not None else None
+        for name, captioned in zip(self._names, self._captioned, strict=True):
+            row = table.row(name) if table is not None else None
+            label = row.label if row is not None else None
             if label is None and (table is None or not table.has_labels):
                 label = name.partition("/")[0] if "/" in name else None
             caption = row.caption if row is not None else None
-            if caption is None and stem_of(name) in self._captioned:
+            if caption is None and captioned:
                 caption = _caption_beside(f"{self.root}/{stem_of(name)}.txt")
             yield Picture(name, f"{self.root}/{name}", label, caption)
 
@@ -143,8 +146,11 @@ def split_folder(folder: Path, split: str) -> Path:
     return folder
 
 
-def _files(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
-    """Yield the names of all files below a folder, in order; circular links end the descent."""
+def _pictures(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[tuple[str, bool]]:
+    """Yield the names of all pictures below a folder, in order, and whether a caption lies beside each.
+
+    Circular links end the descent.
+    """
     resolved = os.path.realpath(folder)
     if resolved in above:
         return
@@ -152,11 +158,12 @@ def _files(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[str]:
         # A folder's name is marked by the slash that no file's name can hold.
         names = [e.name + "/" * e.is_dir() for e in entries if not is_hidden(e.name)]
     names.sort(key=lambda name: name.rstrip("/"))
+    texts = {stem_of(name) for name in names if name.lower().endswith(".txt")}
     for name in names:
         if name.endswith("/"):
-            yield from _files(f"{folder}/{name[:-1]}", prefix + name, (*above, resolved))
-        else:
-            yield prefix + name
+            yield from _pictures(f"{folder}/{name[:-1]}", prefix + name, (*above, resolved))
+        elif is_picture(name):
+            yield prefix + name, stem_of(name) in texts
 
 
 def _add_state(digest: hashlib.blake2b, path: str, name: str) -> None:

@@ -91,7 +91,7 @@ def _files(path: Path, split: str, table: Path | None, on_progress: OnProgress |
     if path.is_dir():
         archives = archives_in(path)
         if archives and split == "test":
-            return Shards(path, archives, split, table)
+            return Shards(path, archives, split, table, on_progress)
         root = path if archives else split_folder(path, split)
         try:
             return Folder(root, table, on_progress)
@@ -99,11 +99,11 @@ def _files(path: Path, split: str, table: Path | None, on_progress: OnProgress |
             archives = archives or archives_in(root)
             if not archives:
                 raise
-            return Shards(root, archives, "train" if root != path else split, table)
+            return Shards(root, archives, "train" if root != path else split, table, on_progress)
     if path.is_file() and is_archive(path):
-        return Shards(path, [path], split, table)
+        return Shards(path, [path], split, table, on_progress)
     if not path.exists() and is_pattern(str(path)):
-        return Shards(path, matching(str(path)), split, table)
+        return Shards(path, matching(str(path)), split, table, on_progress)
     raise _no_such_source(path)
 
 

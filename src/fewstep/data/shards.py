@@ -16,7 +16,15 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 from fewstep.data.label_file import LabelFile
-from fewstep.data.sources import SPLIT_FOLDERS, Picture, is_hidden, is_picture, stem_of
+from fewstep.data.sources import (
+    SPLIT_FOLDERS,
+    Names,
+    OnProgress,
+    Picture,
+    is_hidden,
+    is_picture,
+    stem_of,
+)
 from fewstep.errors import DataError
 
 ENDINGS = (".tar", ".tar.gz", ".tgz", ".tar.xz", ".txz", ".tar.bz2", ".tbz2")
@@ -62,14 +70,20 @@ class Shards:
         files: The archives, in order.
         split: ``"train"`` or ``"test"``.
         labels: A label file that names members, or None.
+        on_progress: Told how far the label file is read.
     """
 
     def __init__(
-        self, root: Path, files: Sequence[Path], split: str, labels: Path | None = None
+        self,
+        root: Path,
+        files: Sequence[Path],
+        split: str,
+        labels: Path | None = None,
+        on_progress: OnProgress | None = None,
     ) -> None:
         self.root = root
         self._files, self._split = files, split
-        self._table = None if labels is None else LabelFile(labels)
+        self._table = None if labels is None else LabelFile(labels, on_progress)
 
     def count(self) -> None:
         """The number is not known before the archives are read."""
@@ -78,7 +92,7 @@ class Shards:
         """Return the bytes of all archives."""
         return sum(file.stat().st_size for file in self._files)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, on_progress: OnProgress | None = None) -> str:
         """Return a digest of the names, sizes and times of change of the archives."""
         digest = hashlib.blake2b(digest_size=16)
         for file in (*self._files, *([self._table.path] if self._table else [])):
@@ -92,7 +106,7 @@ class Shards:
         Raises:
             DataError: An archive is damaged, has no picture of the split, or does not match the label file.
         """
-        names: list[str] = []
+        names = Names()
         splits: set[str] = set()
         for file in self._files:
             for sample in _samples(file):
@@ -107,7 +121,7 @@ class Shards:
                     caption = picture.caption
                     if self._table is not None:
                         names.append(picture.name)
-                        row = self._table.rows.get(picture.name)
+                        row = self._table.row(picture.name)
                         if row is not None:
                             label, caption = row.label or label, row.caption or caption
                     yield Picture(picture.name, picture.data, label, caption)

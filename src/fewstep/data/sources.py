@@ -17,6 +17,9 @@ LARGEST_CLASS_NUMBER = 99_999
 OnProgress = Callable[[str, int, int | None], None]
 """Called with what is being done, how many files are done, and how many there are, if that is known."""
 
+PROGRESS_EVERY = 4096
+"""Files or rows between two reports of what takes microseconds for each."""
+
 
 @dataclass(frozen=True, slots=True)
 class Picture:
@@ -39,6 +42,42 @@ class Picture:
         return self.data if isinstance(self.data, str) else io.BytesIO(self.data)
 
 
+class Names:
+    """Many names in little memory: joined by blocks, and taken apart again block by block.
+
+    >>> names = Names()
+    >>> for name in ("a/1.png", "a/2.png"):
+    ...     names.append(name)
+    >>> len(names), list(names)
+    (2, ['a/1.png', 'a/2.png'])
+    """
+
+    BLOCK = 4096
+    BETWEEN = "\0"
+    """No file has it in its name."""
+
+    def __init__(self) -> None:
+        self._blocks: list[str] = []
+        self._last: list[str] = []
+
+    def append(self, name: str) -> None:
+        """Add a name at the end."""
+        self._last.append(name)
+        if len(self._last) == self.BLOCK:
+            self._blocks.append(self.BETWEEN.join(self._last))
+            self._last = []
+
+    def __len__(self) -> int:
+        """The number of names."""
+        return len(self._blocks) * self.BLOCK + len(self._last)
+
+    def __iter__(self) -> Iterator[str]:
+        """Go through the names in order."""
+        for block in self._blocks:
+            yield from block.split(self.BETWEEN)
+        yield from self._last
+
+
 class Source(Protocol):
     """Pictures in a fixed order, to be gone through once."""
 
@@ -53,7 +92,7 @@ class Source(Protocol):
         """Return the bytes of all files that are going to be read."""
         ...
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, on_progress: OnProgress | None = None) -> str:
         """Return a digest that changes when a file is added, removed, renamed or rewritten."""
         ...
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ COPY_RATIO = 1 / 2
 PROBES = 500
 CANDIDATES = 4
 SHEET_COLUMNS = 12
+CHUNK_BYTES = 2**22
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,12 +61,13 @@ class Neighbours:
         return labelled_sheet(rows, [f"{ratio:.2f}" for ratio in self.ratios[order].tolist()])
 
 
-def nearest_images(samples: Tensor, images: ImageSet) -> Neighbours:
+def nearest_images(samples: Tensor, images: ImageSet, rows: Tensor | None = None) -> Neighbours:
     """Find the training images nearest to samples; the set is gone through in chunks, once.
 
     Args:
         samples: Floats in [-1, 1], shape (N, C, H, W), N at least 1.
-        images: The training images, 2 or more, of the same shape.
+        images: Images of the same shape.
+        rows: The numbers of the training images among them, 2 or more; None: all.
 
     Raises:
         DataError: If the shapes differ or there is nothing to compare.
@@ -74,30 +77,32 @@ def nearest_images(samples: Tensor, images: ImageSet) -> Neighbours:
     >>> found.indices[:, 0].tolist()
     [0, 2]
     """
-    if not len(samples) or len(images) < 2 or tuple(samples.shape[1:]) != images.shape:
+    rows = torch.arange(len(images)) if rows is None else rows
+    if not len(samples) or len(rows) < 2 or tuple(samples.shape[1:]) != images.shape:
         raise DataError(
-            f"{len(samples)} samples of shape {tuple(samples.shape[1:])} and {len(images)} training images of shape "
+            f"{len(samples)} samples of shape {tuple(samples.shape[1:])} and {len(rows)} training images of shape "
             f"{images.shape}; needed are samples, two training images, and one shape"
         )
-    probes = evenly(len(images), min(PROBES, len(images)))
+    probes = rows[evenly(len(rows), min(PROBES, len(rows)))]
     probed, _ = images.batch(probes)
     queries = torch.cat([samples.float().cpu(), probed]).flatten(1)
     excluded = torch.cat([torch.full((len(samples),), -1), probes])
-    indices, distances = _search(queries, images, excluded)
+    indices, distances = _search(queries, images, rows, excluded)
     typical = distances[len(samples) :, 0].median().item()
     return Neighbours(samples, indices[: len(samples)], distances[: len(samples)], typical)
 
 
-def _search(queries: Tensor, images: ImageSet, excluded: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest two images of each query, but for the one excluded, and their distances."""
-    kept = min(CANDIDATES, len(images) - 1)
+def _search(
+    queries: Tensor, images: ImageSet, rows: Tensor, excluded: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The nearest two of some images to each query, but for the one excluded, and their distances."""
+    kept = min(CANDIDATES, len(rows) - 1)
     best = torch.full((len(queries), kept), float("inf"))
     where = torch.zeros((len(queries), kept), dtype=torch.long)
-    for start, chunk in images.chunks(2**22):
-        x = chunk.flatten(1).float() / 127.5 - 1
+    for numbers in rows.split(max(1, CHUNK_BYTES // math.prod(images.shape))):
+        x = images.images[numbers].flatten(1).float() / 127.5 - 1
         # |q|^2 is the same for all images and is left out.
         squares = x.square().sum(1) - 2 * queries @ x.T
-        numbers = torch.arange(start, start + len(chunk))
         squares[numbers == excluded[:, None]] = float("inf")
         best, order = torch.cat([best, squares], 1).topk(kept, largest=False)
         where = torch.cat([where, numbers.expand(len(queries), -1)], 1).gather(1, order)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.data import Finding, ImageSet, check_images
+from fewstep.data import Finding, ImageSet, OnProgress, check_images
 from fewstep.errors import DataError, InvalidInputError
 from fewstep.models import ModelConfig
 from fewstep.networks import NetworkConfig, build, config_to_dict
@@ -40,8 +40,10 @@ def usable_device(device: str | torch.device | None) -> torch.device:
     return chosen
 
 
-def check_for_training(images: ImageSet) -> tuple[Finding, ...]:
-    """Return the warnings about images.
+def check_for_training(
+    images: ImageSet, on_progress: OnProgress | None = None
+) -> tuple[Finding, ...]:
+    """Return the warnings about images; `check_images` tells how far it is.
 
     Raises:
         DataError: They cannot be trained on.
@@ -50,7 +52,7 @@ def check_for_training(images: ImageSet) -> tuple[Finding, ...]:
         raise DataError(
             f"images are a {type(images).__name__}; give a fewstep.data.ImageSet of bytes, (N, C, H, W)"
         )
-    findings = check_images(images)
+    findings = check_images(images, on_progress)
     errors = [finding.message for finding in findings if finding.severity == "error"]
     if errors:
         raise DataError("these images cannot be trained on: " + "; ".join(errors))

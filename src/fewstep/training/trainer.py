@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fewstep import process as processes
 from fewstep.checkpoints import only_writer, remove_leftovers, save_json, write_folder
-from fewstep.data import ImageSet, load_images
+from fewstep.data import ImageSet, OnProgress, load_images
 from fewstep.errors import CheckpointError, FewstepError, InvalidInputError
 from fewstep.models import (
     CHECKPOINTS,
@@ -116,6 +116,7 @@ class Trainer:
         device: Where to train; None: CUDA if there is any, else the CPU.
         resume: Whether to take over the newest readable checkpoint of the folder.
         force: Whether to take it over even if settings or data are others.
+        on_progress: Told how far loading and checking the images is, see `fewstep.data.load_images`.
 
     Under `torchrun` or `accelerate launch` each worker takes its share of every batch, and the main one alone writes.
 
@@ -137,6 +138,7 @@ class Trainer:
         device: str | torch.device | None = None,
         resume: bool = True,
         force: bool = False,
+        on_progress: OnProgress | None = None,
     ) -> None:
         self.config = config
         self.folder = Path(folder)
@@ -144,9 +146,11 @@ class Trainer:
         self.group = join(self.device)
         require_shares(config.batch_size, self.group.size)
         if images is None:
-            images = load_images(config.data, **config.loading())
+            images = self.group.first_on_machine(
+                lambda: load_images(config.data, on_progress=on_progress, **config.loading())
+            )
         self.images = images
-        self.findings = check_for_training(self.images)
+        self.findings = check_for_training(self.images, on_progress)
         self.process = processes.from_dict(config.process)
         self.objective = config.objective()
         self.pixelwise_loss = pixelwise_loss(
