@@ -51,13 +51,16 @@ class Size:
     batch: int
     dim: int
     multiples: tuple[int, ...]
+    blocks: int = 2
 
 
 SIZES = {
     "1.6M": Size((32, 64, 64), (1, 2), 64, 28, (1, 2, 2, 2)),
     "6M": Size((48, 96, 144), (1, 2), 64, 58, (1, 2, 3)),
     "35.7M": Size((128, 256, 256, 256), (1,), 16, 112, (1, 2, 2, 4)),
+    "36M": Size((112, 224, 224, 448), (1,), 16, 112, (1, 2, 2, 4), blocks=1),
 }
+"""35.7M is the network of DDPM; 36M has the widths that denoising-diffusion-pytorch has in both."""
 
 
 def build(code: str, size: Size) -> nn.Module:
@@ -65,13 +68,21 @@ def build(code: str, size: Size) -> nn.Module:
     if code == OURS:
         from fewstep.networks import UNet, UNetConfig
 
-        return UNet(UNetConfig(channels=size.channels, attention=size.attention, group_width=16))
+        return UNet(
+            UNetConfig(
+                channels=size.channels,
+                attention=size.attention,
+                group_width=16,
+                blocks=size.blocks,
+            )
+        )
     if code == DIFFUSERS:
         from diffusers import UNet2DModel
 
         attends = [level in size.attention for level in range(len(size.channels))]
         return UNet2DModel(
             sample_size=EDGE,
+            layers_per_block=size.blocks,
             block_out_channels=size.channels,
             down_block_types=tuple("AttnDownBlock2D" if a else "DownBlock2D" for a in attends),
             up_block_types=tuple("AttnUpBlock2D" if a else "UpBlock2D" for a in attends[::-1]),

@@ -25,7 +25,7 @@ from networks import EDGE, OURS, SIZES, Case, Subject, build
 EDGES = {"cpu": (1024, 2048), "cuda": (4096, 8192)}
 """Edges of the square matrices."""
 
-BATCHES = {"1.6M": 1024, "6M": 1024, "35.7M": 512}
+BATCHES = {"1.6M": 1024, "6M": 1024, "35.7M": 512, "36M": 512}
 """Batches for an accelerator; a processor takes those of the other bench."""
 
 
