@@ -55,7 +55,7 @@ def test_labels_out_of_range_are_reported(tmp_path, monkeypatch, capsys, labels,
     images = np.random.default_rng(0).integers(0, 256, (3, 8, 8), np.uint8)
     given = {} if names is None else {"class_names": names}
     np.savez(tmp_path / "a.npz", images=images, labels=labels, **given)
-    assert run(monkeypatch, "data", str(tmp_path / "a.npz")) == 0
+    assert run(monkeypatch, "data", str(tmp_path / "a.npz")) == 1
     assert "labels lie outside" in capsys.readouterr().out
 
 
@@ -87,7 +87,7 @@ def test_one_image_is_an_error_of_training(tmp_path, monkeypatch, capsys):
     Image.new("L", (8, 8), 9).save(photos / "a.png")
     assert run(monkeypatch, "train", str(photos), "--out", str(tmp_path / "run")) == 2
     assert "training needs 2 or more" in capsys.readouterr().err
-    assert run(monkeypatch, "data", str(photos)) == 0
+    assert run(monkeypatch, "data", str(photos)) == 1
     assert "Error: 1 images" in capsys.readouterr().out
 
 

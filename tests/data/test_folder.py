@@ -255,6 +255,14 @@ def test_circular_links_end(tmp_path: Path) -> None:
     assert len(load_images(tmp_path)) == 1
 
 
+def test_a_link_to_nothing_is_skipped(tmp_path: Path) -> None:
+    put(tmp_path / "a.png", noise(4, 4))
+    (tmp_path / "b.png").symlink_to(tmp_path / "gone.png")
+    images = load_images(tmp_path)
+    assert len(images) == 1
+    assert [Path(path).name for path, _ in images.skipped] == ["b.png"]
+
+
 def test_empty_folder(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no images in .*\.png"):
         load_images(tmp_path)

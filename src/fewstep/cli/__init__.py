@@ -17,6 +17,8 @@ def main() -> None:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
             app()
+    except KeyboardInterrupt:  # before the command could see it
+        sys.exit(130)
     except FewstepError as error:
         print(f"fewstep{_worker()}: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InvalidInputError) else 1)

@@ -52,7 +52,7 @@ def data(
         typer.Option(help="Write the images as .npz, or a sheet of some of them as .png."),
     ] = None,
 ) -> None:
-    """Load images, check them, and say what they are."""
+    """Load images, check them, and say what they are; exit status 1 if they cannot be trained on."""
     if out is not None and Path(out).suffix.lower() not in (".npz", ".png"):
         raise InvalidInputError(
             f"--out {out!r}; let the name end in .npz (all images) or .png (a sheet)"
@@ -71,6 +71,8 @@ def data(
     if out is not None:
         _write(Path(out), images)
         typer.echo(f"Written: {out}")
+    if any(finding.severity == "error" for finding in findings):
+        raise typer.Exit(1)
 
 
 def _description(images: ImageSet) -> Iterator[str]:

@@ -77,7 +77,7 @@ class Folder:
     def content_bytes(self) -> int:
         """Return the bytes of all pictures, reckoned from at most 1000 of them."""
         some = islice(self._names, 0, None, max(1, len(self._names) // 1000))
-        sizes = [os.stat(self.root / name).st_size for name in some]
+        sizes = [_size(f"{self.root}/{name}") for name in some]
         return sum(sizes) * len(self._names) // len(sizes)
 
     def fingerprint(self, on_progress: OnProgress | None = None) -> str:
@@ -164,6 +164,13 @@ def _pictures(folder: str, prefix: str, above: tuple[str, ...]) -> Iterator[tupl
             yield from _pictures(f"{folder}/{name[:-1]}", prefix + name, (*above, resolved))
         elif is_picture(name):
             yield prefix + name, stem_of(name) in texts
+
+
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:  # a dangling link: reported when it is read
+        return 0
 
 
 def _add_state(digest: hashlib.blake2b, path: str, name: str) -> None:
