@@ -162,19 +162,21 @@ class Subject:
     def _our_training(self) -> Callable[[], object]:
         from fewstep.training import TrainingConfig
         from fewstep.training.batches import Batch
-        from fewstep.training.gradients import Gradients
+        from fewstep.training.gradients import Gradients, usual_parts
         from fewstep.training.state import TrainingState
 
         case = self.case
-        parts = torch.get_num_threads() if case.device == "cpu" and not case.compiled else 1
-        config = TrainingConfig(data="mnist-1000", parts=parts)
+        weights = sum(parameter.numel() for parameter in self.network.parameters())
+        whole = case.device != "cpu" or case.compiled
+        parts = 1 if whole else usual_parts(weights, case.images)
+        config = TrainingConfig(data="mnist-1000")
         objective, state = config.objective(), TrainingState(self.network, config)
         batch = Batch(self.x, self.noise, self.t.double().cpu(), None)
 
         def loss(part: Batch) -> Tensor:
             return objective(self._output, part.x0, part.noise, part.t)
 
-        gradients = Gradients(self.network, loss, config.parts, threaded=True)
+        gradients = Gradients(self.network, loss, parts, threaded=True)
         gradients.__enter__()  # for as long as the process lives
         return lambda: state.update(gradients(batch))
 

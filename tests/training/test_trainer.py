@@ -6,6 +6,7 @@ import itertools
 import json
 import logging
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from fewstep.checkpoints import load_tensors
 from fewstep.data import ImageSet, read_metadata
 from fewstep.errors import CheckpointError, DataError, InvalidInputError
 from fewstep.models import checkpoints_of, load
-from fewstep.training import Trainer, run
+from fewstep.training import Trainer, gradients, run
 from fewstep.training.log import Log
 
 FILES = ("model.safetensors", "raw.safetensors", "optimiser.safetensors")
@@ -121,6 +122,23 @@ def test_log_has_each_step_once_after_a_resume(images, make_config, tmp_path):
     train(config, tmp_path, images)
     steps = [entry["step"] for entry in Log(tmp_path / "log.jsonl").entries()]
     assert steps == [1, 2, 3, 4, 5, 6, 7]
+
+
+def test_a_batch_is_cut_unless_the_network_is_large_for_it(images, make_config, tmp_path):
+    def parts(**settings):
+        trainer = Trainer(make_config(**settings), tmp_path, images=images, device="cpu")
+        return trainer._gradients.parts
+
+    weights = sum(
+        parameter.numel()
+        for parameter in Trainer(
+            make_config(), tmp_path, images=images, device="cpu"
+        ).state.network.parameters()
+    )
+    with mock.patch.object(gradients, "MOST_WEIGHTS", weights / 16):
+        assert parts(batch_size=16) == 2
+        assert parts(batch_size=15) == parts(batch_size=30, accumulate=2) == 1
+        assert parts(batch_size=15, parts=3) == 3
 
 
 def test_parts_give_the_same_gradient(images, make_config, tmp_path):

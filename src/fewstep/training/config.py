@@ -329,14 +329,18 @@ class TrainingConfig:
         ),
     ] = "auto"
     parts: Annotated[
-        int,
+        int | None,
         Setting(
-            "Parts of a batch, each with its own thread on a CPU.",
+            "Parts of a batch, each with its own thread on a CPU; by default 2, or 1 if the batch is small for the "
+            "network.",
             Whole(1),
             "Speed",
-            advice="About the number of cores. Not used on an accelerator",
+            advice=(
+                "About the number of cores, where batches are large: every part handles all weights "
+                "anew. Not used on an accelerator"
+            ),
         ),
-    ] = 2
+    ] = None
     accumulate: Annotated[
         int,
         Setting(

@@ -23,6 +23,22 @@ from torch import Tensor, nn
 from fewstep.team import Group
 from fewstep.training.batches import Batch
 
+MOST_WEIGHTS = 500_000
+"""Weights for each image of a batch, above which handling all weights once more costs more than waiting threads do."""
+
+
+def usual_parts(weights: int, images: int) -> int:
+    """Return how many parts a batch is cut into by default; it does not depend on the machine, as rounding does on it.
+
+    Args:
+        weights: Parameters of the network.
+        images: Images in the batch.
+
+    >>> usual_parts(6_000_000, 64), usual_parts(35_700_000, 16)
+    (2, 1)
+    """
+    return 1 if weights > MOST_WEIGHTS * images else 2
+
 
 class Gradients:
     """Puts the gradient of the mean loss over a batch into ``.grad`` of a network's parameters.

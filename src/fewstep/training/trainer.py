@@ -32,7 +32,7 @@ from fewstep.training.ahead import Ahead
 from fewstep.training.batches import Batch, Batches
 from fewstep.training.config import TrainingConfig
 from fewstep.training.facts import Step, Window
-from fewstep.training.gradients import Gradients
+from fewstep.training.gradients import Gradients, usual_parts
 from fewstep.training.guard import Guard
 from fewstep.training.held_out import HeldOut, held_out_error, split_rows
 from fewstep.training.listeners import Board, Listeners
@@ -175,11 +175,20 @@ class Trainer:
         self._gradients = Gradients(
             self.state.network,
             self._loss,
-            config.parts if self.device.type == "cpu" and not config.compile else 1,
+            self._parts(),
             threaded=not self._has_dropout,  # dropout draws from one generator, in order
             accumulate=config.accumulate,
             group=self.group,
         )
+
+    def _parts(self) -> int:
+        """Parts of a batch that are computed side by side; an accelerator, and a compiled network, take it whole."""
+        config = self.config
+        if self.device.type != "cpu" or config.compile:
+            return 1
+        weights = sum(parameter.numel() for parameter in self.state.network.parameters())
+        images = config.batch_size // (config.accumulate * self.group.size)
+        return config.parts or usual_parts(weights, images)
 
     @property
     def precision(self) -> str:
