@@ -1,8 +1,8 @@
 """What a training step and a forward pass get out of a device: their operations a second beside those of a product.
 
-`python bench/share_of_peak.py [--device cuda] [--out FILE] [--sizes 1.6M ...] [--batch N]`: our U-Net in three
-sizes at 32x32 RGB, a training step (loss, gradient, clipping, AdamW, running average) and a forward pass, as it is
-and under `torch.compile`, in bfloat16 (autocast) and float32. A pass is counted as the operations of its
+`python bench/share_of_peak.py [--device cuda] [--out FILE] [--sizes 1.6M ...] [--batch N] [--plain]`: our U-Net in
+several sizes at 32x32 RGB, a training step (loss, gradient, clipping, AdamW, running average) and a forward pass, as it
+is and under `torch.compile`, in bfloat16 (autocast) and float32. A pass is counted as the operations of its
 convolutions, products and attention, two for a multiplication and addition. The peak is the best rate of a product of
 two square matrices in the same type, measured in the same run; an accelerator's convolutions may use a shorter type
 for float32 and exceed it.
@@ -68,13 +68,15 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=EDGES)
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--plain", action="store_true", help="leave torch.compile out")
     parser.add_argument("--batch", type=int, help="images in a batch, for all sizes")
     parser.add_argument("--sizes", nargs="*", choices=SIZES, default=list(SIZES))
     given = parser.parse_args()
     name = torch.cuda.get_device_name() if given.device == "cuda" else "a processor"
     lines = report.header(
         f"Share of the peak of {name}",
-        f"python bench/share_of_peak.py --device {given.device} --sizes {' '.join(given.sizes)}",
+        f"python bench/share_of_peak.py --device {given.device} --sizes {' '.join(given.sizes)}"
+        + (" --plain" if given.plain else ""),
         ("torch",),
     )
     peaks = {
@@ -95,7 +97,7 @@ def main() -> None:
         batch = given.batch or (BATCHES[size] if given.device == "cuda" else None)
         for task in ("train", "forward"):
             for kind in peaks:
-                for compiled in (False, True):
+                for compiled in (False,) if given.plain else (False, True):
                     bfloat16 = kind == torch.bfloat16
                     case = Case(OURS, size, bfloat16, True, task, given.device, batch, compiled)
                     subject = Subject(case)
