@@ -93,6 +93,7 @@ def main() -> None:
         "| --- | ---: | --- | --- | --- | ---: | ---: | ---: |",
     ]
     print("\n".join(lines), flush=True)
+    threads = torch.get_num_threads()
     for size in given.sizes:
         batch = given.batch or (BATCHES[size] if given.device == "cuda" else None)
         for task in ("train", "forward"):
@@ -100,6 +101,7 @@ def main() -> None:
                 for compiled in (False,) if given.plain else (False, True):
                     bfloat16 = kind == torch.bfloat16
                     case = Case(OURS, size, bfloat16, True, task, given.device, batch, compiled)
+                    torch.set_num_threads(threads)  # a training shares them out
                     subject = Subject(case)
                     images = case.images * rate(subject.run, given.device, given.rounds)
                     done = images * operations(size, task)
