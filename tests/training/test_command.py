@@ -18,6 +18,7 @@ import fewstep.cli.train as command
 from fewstep.checkpoints import load_tensors
 from fewstep.cli import main
 from fewstep.models import checkpoints_of
+from fewstep.training import trainer
 from tiny_model import tiny_model
 
 OPTIONS = {
@@ -128,7 +129,7 @@ def test_places_where_no_run_can_be_are_refused_before_images_are_loaded(
     def load(*_args, **_kwargs):
         pytest.fail("images were loaded")
 
-    monkeypatch.setattr(command, "load_with_progress", load)
+    monkeypatch.setattr(trainer, "load_images", load)
     (tmp_path / "plain").write_text("")
     tiny_model().save(tmp_path / "model")
     (tmp_path / "photos").mkdir()
