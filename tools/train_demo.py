@@ -39,7 +39,9 @@ def main() -> int:
     """Train, draw ten of each digit, and say how many are read as asked; 1 if these are too few."""
     print(f"$ fewstep {shlex.join(TRAIN)}", flush=True)
     start = time.monotonic()
-    subprocess.run([sys.executable, "-m", "fewstep", *TRAIN], check=True)
+    training = subprocess.run([sys.executable, "-m", "fewstep", *TRAIN], check=False)
+    if training.returncode:  # it has said why
+        return training.returncode
     print(f"Trained in {time.monotonic() - start:.0f} s")
     model = load(RUN)
     labels = torch.arange(model.num_classes).repeat_interleave(EACH)
