@@ -160,7 +160,9 @@ def test_a_variance_that_is_not_finite_is_named():
 def test_pictures_of_a_batch_are_those_made_alone():
     model = denoiser(lambda x, t: torch.sigmoid(x))
     options = {"shape": (2, 4, 4), "sampler": "ddpm_learned", "steps": 5}
-    together = fs.sample(model, n=3, **options)
+    asked = []
+    together = fs.sample(model, n=3, **options, on_step=lambda step: asked.append(len(step.x)))
+    assert asked == [3] * 5  # one batch, unlike a sampler that chooses its steps
     assert together.record["network_calls"] == [5, 5, 5]
     alone = [fs.sample(model, seed=k, **options).images for k in range(3)]
     torch.testing.assert_close(together.images, torch.cat(alone))

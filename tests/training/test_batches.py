@@ -80,3 +80,13 @@ def test_split_keeps_every_image_in_order(images, make_config):
 def test_split_without_labels(images, make_config):
     batch = _batches(images, make_config())[0]._replace(labels=None)
     assert [piece.labels for piece in batch.split(2)] == [None, None]
+
+
+def test_the_shares_of_all_workers_make_up_the_batch(images, make_config):
+    config = make_config(batch_size=7, horizontal_flip=True, augment=0.5, label_dropout=0.5)
+    objective, device = config.objective(), torch.device("cpu")
+    whole = Batches(images, objective, config, device)[3]
+    shares = [Batches(images, objective, config, device, (k, 3))[3] for k in range(3)]
+    assert [len(share.x0) for share in shares] == [3, 2, 2]
+    for expected, parts in zip(whole, zip(*shares, strict=True), strict=True):
+        torch.testing.assert_close(torch.cat(parts), expected, rtol=0, atol=1e-6)
