@@ -166,9 +166,8 @@ class Subject:
         from fewstep.training.state import TrainingState
 
         case = self.case
-        weights = sum(parameter.numel() for parameter in self.network.parameters())
         whole = case.device != "cpu" or case.compiled
-        parts = 1 if whole else usual_parts(weights, case.images)
+        parts = 1 if whole else usual_parts(self.network, case.images)
         config = TrainingConfig(data="mnist-1000")
         objective, state = config.objective(), TrainingState(self.network, config)
         batch = Batch(self.x, self.noise, self.t.double().cpu(), None)

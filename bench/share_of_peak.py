@@ -53,12 +53,12 @@ def peak(kind: torch.dtype, device: str, rounds: int) -> float:
     return best
 
 
-def operations(size: str, task: str) -> int:
-    """Of a pass of one image."""
+def operations(size: str) -> dict[str, int]:
+    """Of a pass of one image, by task."""
     network = build(OURS, SIZES[size])
     assert isinstance(network, UNet)
     counted = cost(network.config, EDGE)
-    return counted.training_flops if task == "train" else counted.flops
+    return {"train": counted.training_flops, "forward": counted.flops}
 
 
 def main() -> None:
@@ -96,7 +96,7 @@ def main() -> None:
     threads = torch.get_num_threads()
     for size in given.sizes:
         batch = given.batch or (BATCHES[size] if given.device == "cuda" else None)
-        for task in ("train", "forward"):
+        for task, needed in operations(size).items():
             for kind in peaks:
                 for compiled in (False,) if given.plain else (False, True):
                     bfloat16 = kind == torch.bfloat16
@@ -104,7 +104,7 @@ def main() -> None:
                     torch.set_num_threads(threads)  # a training shares them out
                     subject = Subject(case)
                     images = case.images * rate(subject.run, given.device, given.rounds)
-                    done = images * operations(size, task)
+                    done = images * needed
                     lines.append(
                         f"| {size} | {case.images} | {task} | {_name(kind)} | "
                         f"{'yes' if compiled else 'no'} | {images:.1f} | {done / 1e12:.3f} | "

@@ -100,6 +100,18 @@ class Denoiser(BaseDenoiser):
         Returns:
             To be called with the point of the first level, then of the second...
         """
+        halves = self._outputs_in_halves(x, levels)
+
+        def output(point: Tensor) -> Tensor:
+            value, _ = halves(point)
+            return value if value.dtype == point.dtype else value.to(point.dtype)
+
+        return output
+
+    def _outputs_in_halves(
+        self, x: Tensor, levels: Sequence[Level]
+    ) -> Callable[[Tensor], tuple[Tensor, Tensor | None]]:
+        """What the network predicts and its half for the variance, both in its own type; see `outputs`."""
         form, network, conditions = self._parameterisation, self.network, self._conditions
         own, of_times = self._types(x)
         column = torch.tensor(
@@ -108,16 +120,14 @@ class Denoiser(BaseDenoiser):
         times = iter(column.unsqueeze(1).repeat(1, x.shape[0]).unbind())
         scales = iter([form.input_scale(level) for level in levels])
 
-        def output(point: Tensor) -> Tensor:
+        def halves(point: Tensor) -> tuple[Tensor, Tensor | None]:
             scale = next(scales)
             inputs = point if scale == 1.0 else point * scale
             if inputs.dtype != own:
                 inputs = inputs.to(own)
-            value = network(inputs, next(times), **conditions)
-            value, _ = _halves(value, point)
-            return value if value.dtype == point.dtype else value.to(point.dtype)
+            return _halves(network(inputs, next(times), **conditions), point)
 
-        return output
+        return halves
 
     def many(self, x: Tensor, levels: Sequence[Level]) -> Tensor:
         """Estimate x_0 at points of several levels, in one call of the network; see `BaseDenoiser`."""
@@ -138,12 +148,8 @@ class Denoiser(BaseDenoiser):
 
     def variance_pair(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor | None]:
         """The estimate of x_0, and the network's own second half; see `BaseDenoiser`."""
-        form = self._parameterisation
-        own, of_times = self._types(x)
-        t = x.new_full((x.shape[0],), form.time(level), dtype=of_times)
-        output = self.network((form.input_scale(level) * x).to(own), t, **self._conditions)
-        value, variance = _halves(output, x)
-        skip, out = form.skip_out(level)
+        skip, out = self._parameterisation.skip_out(level)
+        value, variance = self._outputs_in_halves(x, (level,))(x)
         share = None if variance is None else variance_share(variance.to(x.dtype))
         return skip * x + out * value.to(x.dtype), share
 

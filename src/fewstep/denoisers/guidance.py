@@ -98,9 +98,10 @@ class Guided(Wrapper):
         self.rescale, self.projection = rescale, projection
         self._memory: _Memory | None = None
 
-    @abstractmethod
     def pair(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
         """The strong and the weak estimate."""
+        strong, weak, _ = self.pair_and_share(x, level)
+        return strong, weak
 
     def pairs(self, x: Tensor, levels: Sequence[Level]) -> tuple[Tensor, Tensor]:
         """`pair` at points of several levels, shape (K, B, ...)."""
@@ -251,13 +252,8 @@ class ClassifierFree(Guided):
         """As many as for the strong estimate."""
         return self.inner.passes
 
-    def pair(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-        """The conditional and the unconditional estimate."""
-        strong, weak = self._both(x)(torch.cat([x, x]), level).chunk(2)
-        return strong, weak
-
     def pair_and_share(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Both estimates and the conditional one's variance, in one batched call."""
+        """The conditional and the unconditional estimate, and the conditional one's variance, in one batched call."""
         both, shares = self._both(x).variance_pair(torch.cat([x, x]), level)
         strong, weak = both.chunk(2)
         return strong, weak, None if shares is None else shares.chunk(2)[0]
@@ -319,12 +315,8 @@ class AutoGuided(Guided):
         """The weaker model's."""
         return self.weak.passes
 
-    def pair(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor]:
-        """The model's estimate and the weaker model's."""
-        return self.inner(x, level), self.weak(x, level)
-
     def pair_and_share(self, x: Tensor, level: Level) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Both estimates and the model's own variance."""
+        """The model's estimate and the weaker model's, and the model's own variance."""
         strong, share = self.inner.variance_pair(x, level)
         return strong, self.weak(x, level), share
 

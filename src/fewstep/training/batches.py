@@ -63,8 +63,8 @@ class Batches:
         share: tuple[int, int] = (0, 1),
         rows: Tensor | None = None,
     ) -> None:
-        self.images, self.objective, self.config, self.device = images, objective, config, device
-        self.share, self._images = share, images.near(device)
+        self.images = images.near(device)
+        self.objective, self.config, self.device, self.share = objective, config, device, share
         self._rows = torch.arange(len(images)) if rows is None else rows
         self._order = BatchOrder(len(self._rows), config.batch_size, config.seed)
 
@@ -85,7 +85,7 @@ class Batches:
 
         rows = self._rows[self._order.batch(step)]
         count, shape = len(rows), self.images.shape
-        x0, _ = self._images.batch(own(rows), self.device)
+        x0, _ = self.images.batch(own(rows), self.device)
         if config.horizontal_flip:
             mirrored = torch.rand(count, 1, 1, 1, generator=random("flips")) < 0.5
             x0 = torch.where(there(own(mirrored)), x0.flip(-1), x0)

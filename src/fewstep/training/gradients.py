@@ -27,16 +27,18 @@ MOST_WEIGHTS = 500_000
 """Weights for each image of a batch, above which handling all weights once more costs more than waiting threads do."""
 
 
-def usual_parts(weights: int, images: int) -> int:
+def usual_parts(network: nn.Module, images: int) -> int:
     """Return how many parts a batch is cut into by default; it does not depend on the machine, as rounding does on it.
 
     Args:
-        weights: Parameters of the network.
+        network: The network.
         images: Images in the batch.
 
-    >>> usual_parts(6_000_000, 64), usual_parts(35_700_000, 16)
+    >>> network = nn.Linear(2000, 1000, bias=False)
+    >>> usual_parts(network, 4), usual_parts(network, 3)
     (2, 1)
     """
+    weights = sum(parameter.numel() for parameter in network.parameters())
     return 1 if weights > MOST_WEIGHTS * images else 2
 
 

@@ -186,9 +186,8 @@ class Trainer:
         config = self.config
         if self.device.type != "cpu" or config.compile:
             return 1
-        weights = sum(parameter.numel() for parameter in self.state.network.parameters())
         images = config.batch_size // (config.accumulate * self.group.size)
-        return config.parts or usual_parts(weights, images)
+        return config.parts or usual_parts(self.state.network, images)
 
     @property
     def precision(self) -> str:
